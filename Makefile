@@ -1,0 +1,55 @@
+# Every command a person needs. `make` alone lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+ENGINE ?= /opt/orchestrator/engine
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo run test check format bench test-gpu engine clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(VENV)/.installed  ## the daemon and its tools into .venv
+
+$(VENV)/.installed: pyproject.toml orchestrator/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install  ## two models share a simulated GPU: a minute, no GPU needed, leaves a picture in demo-output/
+	$(BIN)/python -m bench demo
+
+run: install  ## the daemon in the foreground, on the GPUs it finds (simulated ones where there are none)
+	ORCH_GPUS__SOURCE=$${ORCH_GPUS__SOURCE:-auto} $(BIN)/orchestratord serve --config config/orchestrator.yaml
+
+test: install  ## all tests that need no GPU
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+check: install  ## ruff, mypy --strict; the import rules and docs-in-sync tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_docs.py
+
+format: install  ## what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## the names of all measurements
+	$(BIN)/python -m bench
+
+test-gpu: install  ## the tests marked gpu, on a GPU box with an engine venv at $(ENGINE)
+	ENGINE_PYTHON=$(ENGINE)/bin/python $(BIN)/python -m pytest -m gpu tests/gpu
+
+engine:  ## the engines' own venv at ENGINE=/opt/orchestrator/engine: vLLM, then kvcached built against its torch
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --upgrade pip setuptools wheel
+	$(ENGINE)/bin/python -m pip install $$($(PYTHON) packaging/engine_pins.py vllm)
+	$(ENGINE)/bin/python -m pip install --no-build-isolation $$($(PYTHON) packaging/engine_pins.py kvcached)
+	$(ENGINE)/bin/python -c 'import torch, vllm, kvcached; print("vllm", vllm.__version__, "torch", torch.__version__)'
+
+clean:  ## what was built here
+	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

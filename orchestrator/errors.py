@@ -1,0 +1,147 @@
+"""Every error of our own, with what a client is told: HTTP status, OpenAI `type` and `code`, and when to come back.
+
+    OrchestratorError
+    ├── ConfigError             the daemon cannot start with what it was given (exit 78); carries all problems at once
+    ├── StartupError            the daemon cannot run here: lock held, port in use, no permission (exit 1)
+    ├── BadRequest              400
+    ├── Unauthorized            401
+    ├── ModelNotFound           404  model_not_found
+    ├── RouteNotFound           404  route_not_found
+    ├── Conflict                409
+    ├── BodyTooLarge            413
+    ├── SpecError               422  a model's spec is wrong; carries all problems at once
+    ├── QueueFull               429
+    ├── EngineDied              502
+    ├── StoreError              503  the state file can not be written now; nothing was changed
+    ├── ModelUnavailable        503  with Retry-After where waiting helps
+    └── WaitTimeout             504
+
+Only the class decides the status; api/error_body.py formats, nothing else chooses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `where` names the field (and `file:line:column` if there is one), `what` says what and the mend."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class OrchestratorError(Exception):
+    status: int = 500
+    type: str = "server_error"
+    code: str | None = None
+    exit_code: int = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.problems = tuple(problems)
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(OrchestratorError):
+    """The configuration is wrong. `problems` holds every fault found, so that one edit can mend them all."""
+
+    exit_code = 78
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(p) for p in problems), problems=problems)
+
+
+class StartupError(OrchestratorError):
+    """This machine will not let the daemon run: another one holds the directory, the port is taken, a folder is not writable."""
+
+
+class BadRequest(OrchestratorError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class Unauthorized(OrchestratorError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFound(OrchestratorError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class RouteNotFound(OrchestratorError):
+    status = 404
+    type = "invalid_request_error"
+    code = "route_not_found"
+
+
+class Conflict(OrchestratorError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class BodyTooLarge(OrchestratorError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class SpecError(OrchestratorError):
+    """A model's spec is wrong; nothing of it was kept."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "invalid_spec"
+    exit_code = 78
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        first = problems[0].where if problems else None
+        super().__init__("; ".join(str(p) for p in problems), param=first, problems=problems)
+
+
+class QueueFull(OrchestratorError):
+    status = 429
+    type = "requests"
+    code = "queue_full"
+
+
+class EngineDied(OrchestratorError):
+    status = 502
+    code = "engine_error"
+
+
+class StoreError(OrchestratorError):
+    """The state file can not be read or written now: nothing of the change was kept."""
+
+    status = 503
+    code = "state_not_writable"
+
+
+class ModelUnavailable(OrchestratorError):
+    status = 503
+    code = "model_unavailable"
+
+
+class WaitTimeout(OrchestratorError):
+    status = 504
+    code = "timeout"
