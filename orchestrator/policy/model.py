@@ -1,0 +1,188 @@
+"""ModelSpec: what the operator wants of one model. Immutable; every field is checked here and nowhere else.
+
+`launch_key()` says which engine a spec needs: two specs with the same key need no restart to become each other.
+"""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from orchestrator.policy.units import Duration, Size, show_bytes
+
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:@+-]|/(?=[A-Za-z0-9])){0,127}")
+
+OWNED_ARGS = {
+    # vLLM's flag -> the field to use instead, or "- " and why there is none. A second value would break routing or budgets.
+    "--model": "source",
+    "--served-model-name": "name and aliases",
+    "--host": "- engines listen on a private unix socket, users connect to listen.host",
+    "--port": "- engines listen on a private unix socket, users connect to listen.port",
+    "--uds": "- the daemon gives each engine its own socket",
+    "--tensor-parallel-size": "tensor_parallel_size",
+    "-tp": "tensor_parallel_size",
+    "--gpu-memory-utilization": "kv_floor and kv_ceiling",
+    "--kv-cache-memory-bytes": "kv_ceiling",
+    "--api-key": "- engines are reachable by the daemon alone",
+    "--root-path": "- the daemon forwards to the engine's root",
+    "--api-server-count": "- one API server an engine",
+    "--data-parallel-size": "several models of the same source",
+    "-dp": "several models of the same source",
+    "--ssl-keyfile": "- put TLS in front of the daemon",
+    "--ssl-certfile": "- put TLS in front of the daemon",
+    "--worker-extension-cls": "- the daemon's own code answers in the engine",
+}
+OWNED_ENV = (
+    "KVCACHED_",
+    "ENABLE_KVCACHED",
+    "CUDA_VISIBLE_DEVICES",
+    "VLLM_PORT",
+    "VLLM_API_KEY",
+    "VLLM_SERVER_DEV_MODE",
+    "VLLM_RPC_BASE_PATH",
+)
+TUNABLE_ENV = (
+    "KVCACHED_MIN_RESERVED_PAGES",
+    "KVCACHED_MAX_RESERVED_PAGES",
+    "KVCACHED_MAX_CACHED_TOKENS",
+    "KVCACHED_CONTIGUOUS_LAYOUT",
+    "KVCACHED_LOG_LEVEL",
+)
+
+
+def check_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is not a name: use 1 to 128 letters, digits and . _ : @ + - (and single /), starting with a letter or digit"
+        )
+    return name
+
+
+def owned_flag(arg: str) -> str | None:
+    """The owned flag that `arg` spells (`--port=1`, `--served_model_name`), or None."""
+    if not arg.startswith("-"):
+        return None
+    flag = arg.split("=", 1)[0]
+    flag = flag.replace("_", "-") if flag.startswith("--") else flag
+    return flag if flag in OWNED_ARGS else None
+
+
+class ModelSpec(BaseModel):
+    """What the operator wants of one model. Sizes in bytes, durations in seconds, after parsing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="What users write as `model` in a request; unique among names and aliases.")
+    source: str = Field(min_length=1, description="Hub id (`Qwen/Qwen2.5-7B-Instruct`) or path of a model folder.")
+    aliases: tuple[str, ...] = Field(default=(), description="Other names that requests may use.")
+    gpus: Literal["auto"] | tuple[Annotated[int, Field(ge=0, strict=True)] | str, ...] = Field(
+        default="auto", description="`auto`, or the GPUs it may use, by index or UUID."
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="Over how many GPUs the weights are split.")
+    args: tuple[str, ...] = Field(default=(), description="More vLLM arguments, each word an item.")
+    env: dict[str, str] = Field(default_factory=dict, description="More environment variables of the engine.")
+    engine: str = Field(default="default", description="Which of the configured engines (venvs) runs it.")
+    kv_floor: Size | None = Field(
+        default=None, description="KV memory per GPU it is always promised while it runs. Default: one full-length request."
+    )
+    kv_ceiling: Size | None = Field(
+        default=None, description="KV memory per GPU it may never exceed. Default: the card, less its weights and the reserve."
+    )
+    kv_weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False, description="Its share of the memory that nobody needs more.")
+    priority: int = Field(default=0, ge=-8, le=8, description="Who gets memory first when it is short; each level doubles the weight.")
+    pinned: bool = Field(default=False, description="Never stopped for being idle.")
+    preload: bool = Field(default=False, description="Started with the daemon, before the first request.")
+    idle_timeout: Duration | None = Field(default=1800.0, description="Stopped after this long without a request; null: never.")
+    start_timeout: Duration = Field(default=600.0, description="A start that takes longer has failed.")
+    max_concurrency: int = Field(default=256, ge=1, le=100_000, description="Requests sent to the engine at once; more wait.")
+    max_queue: int = Field(default=512, ge=0, le=1_000_000, description="Requests that may wait; more are refused with 429.")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return check_name(name)
+
+    @field_validator("aliases")
+    @classmethod
+    def _aliases(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        for alias in aliases:
+            check_name(alias)
+        if len(set(aliases)) != len(aliases):
+            raise ValueError("an alias is given twice: remove one")
+        return aliases
+
+    @field_validator("gpus")
+    @classmethod
+    def _gpus(cls, gpus: Literal["auto"] | tuple[int | str, ...]) -> Literal["auto"] | tuple[int | str, ...]:
+        if gpus != "auto" and not gpus:
+            raise ValueError("the list is empty: write auto, or at least one index or UUID")
+        if gpus != "auto" and len({str(gpu) for gpu in gpus}) != len(gpus):
+            raise ValueError("a GPU is named twice: remove one")
+        return gpus
+
+    @field_validator("args")
+    @classmethod
+    def _args(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        for arg in args:
+            if flag := owned_flag(arg):
+                instead = OWNED_ARGS[flag]
+                mend = instead.removeprefix("- ") if instead.startswith("- ") else f"use the field {instead} instead"
+                raise ValueError(f"{flag} belongs to the daemon: remove it; {mend}")
+        if args and not args[0].startswith("-"):
+            raise ValueError(f"{args[0]!r} is not a flag: the model is named by `source`, arguments start with --")
+        return args
+
+    @field_validator("env")
+    @classmethod
+    def _env(cls, env: dict[str, str]) -> dict[str, str]:
+        for key in env:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(f"{key!r} is not the name of an environment variable")
+            if key.startswith(OWNED_ENV) and key not in TUNABLE_ENV:
+                raise ValueError(f"{key} belongs to the daemon: remove it")
+        return env
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "ModelSpec":
+        if self.name in self.aliases:
+            raise ValueError(f"aliases: {self.name!r} is already the name: remove it from the aliases")
+        if self.kv_floor is not None and self.kv_ceiling is not None and self.kv_floor > self.kv_ceiling:
+            floor, ceiling = show_bytes(self.kv_floor), show_bytes(self.kv_ceiling)
+            raise ValueError(f"kv_floor ({floor}) is above kv_ceiling ({ceiling}): lower the floor or raise the ceiling")
+        if self.gpus != "auto" and len(self.gpus) < self.tensor_parallel_size:
+            wanted = f"tensor_parallel_size is {self.tensor_parallel_size}"
+            raise ValueError(f"gpus: {len(self.gpus)} named, but {wanted}: name at least as many GPUs, or auto")
+        return self
+
+    def launch_key(self) -> str:
+        """A digest of all that an engine is started with. A change elsewhere (weight, priority, timeouts) needs no restart."""
+        parts = self.model_dump(
+            include={"name", "aliases", "source", "gpus", "tensor_parallel_size", "args", "env", "engine", "kv_ceiling"}, mode="json"
+        )
+        return _digest(parts)
+
+    def footprint_key(self) -> str:
+        """A digest of all that decides how much memory and time an engine needs: shared by two models of the same source."""
+        return _digest(self.model_dump(include={"source", "tensor_parallel_size", "args", "env", "engine"}, mode="json"))
+
+    def flag(self, name: str) -> str | None:
+        """The value of vLLM's `--name` in args (`--name v` or `--name=v`); "" for a bare flag; None where it is absent."""
+        for at, arg in enumerate(self.args):
+            head, equals, value = arg.partition("=")
+            if head.startswith("--") and head.replace("_", "-") == name:
+                if equals:
+                    return value
+                following = self.args[at + 1] if at + 1 < len(self.args) else ""
+                return "" if following.startswith("-") else following
+        return None
+
+
+def slug(name: str) -> str:
+    """A name as it may stand in a file name: lower case letters, digits and -, at most 20 characters."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:20].strip("-") or "model"
+
+
+def _digest(parts: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,23 @@
+"""What survives a restart, as data: events, and what the store gives back at boot."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.policy.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One real change, with its reason. `at`: seconds since the epoch. `kind`: the state it led to, or what an operator did."""
+
+    at: float
+    model: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    models: tuple[ModelSpec, ...] = ()
+    held: frozenset[str] = frozenset()
+    footprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
