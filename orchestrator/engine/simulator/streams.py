@@ -1,0 +1,88 @@
+"""A running request as an answer: server-sent events as tokens come, or one body at the end.
+
+Whatever ends the answer first (the last token, the engine's death, a client that leaves), the run is closed at once:
+that is what aborts the request in EngineCore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .answers import Answer, ResponseAnswer, error_body, sse, words
+from .client import EngineDead, Progress
+
+Run = AsyncGenerator[Progress]
+
+
+async def completion_chunks(answer: Answer, run: Run, own_end: bool, *, with_usage: bool) -> AsyncIterator[bytes]:
+    told = 0
+    try:
+        async for tokens, reason in run:
+            if answer.chat and told == 0:
+                yield sse(answer.role_chunk())
+            text = words(answer.model, told + 1, tokens)
+            told = tokens
+            yield sse(answer.chunk(text, None if reason is None else reason_of(reason, own_end)))
+        if with_usage:
+            yield sse(answer.usage_chunk(told))
+        yield sse("[DONE]")
+    except EngineDead as error:
+        yield sse(error_body(str(error), "InternalServerError", 500))
+    finally:
+        await run.aclose()  # Now, not when the garbage is collected.
+
+
+async def response_events(answer: ResponseAnswer, run: Run) -> AsyncIterator[bytes]:
+    told = 0
+    try:
+        async for tokens, _ in run:
+            if told == 0:
+                for event in answer.opening():
+                    yield event
+            yield answer.delta(words(answer.model, told + 1, tokens))
+            told = tokens
+        for event in answer.closing(words(answer.model, 1, told), told):
+            yield event
+    except EngineDead as error:
+        yield sse(error_body(str(error), "InternalServerError", 500))
+    finally:
+        await run.aclose()
+
+
+async def last_of(run: Run) -> tuple[int, str]:
+    tokens, reason = 0, "abort"
+    try:
+        async for progress in run:
+            tokens, reason = progress[0], progress[1] or reason
+    finally:
+        await run.aclose()
+    return tokens, reason
+
+
+def reason_of(reason: str, own_end: bool) -> str:
+    return "stop" if own_end and reason == "length" else reason
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The work's answer; a client that leaves first cancels it."""
+    answer = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=499)
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
