@@ -1,0 +1,67 @@
+"""What the loop needs of the outside, as Protocols owned by their user. drivers/ implements them; a fake and the real thing
+pass the same contract tests (tests/contract)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from orchestrator.policy.footprint import Shape
+from orchestrator.policy.instance import Launch
+from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.snapshot import EngineSeen, GpuReading
+from orchestrator.policy.stored import Event, Stored
+
+
+class Gpus(Protocol):
+    def read(self) -> Sequence[GpuReading]:
+        """All GPUs now. Blocks (the driver may take its time), so it is called in a thread. Raises OSError if nothing can be read."""
+        ...
+
+
+class Engines(Protocol):
+    """Engine processes. start and stop return at once: what becomes of them is seen by look()."""
+
+    async def adopt(self) -> Sequence[Launch]:
+        """Once, at boot: take over what a former daemon's records name and still runs; clean up after the rest."""
+        ...
+
+    def start(self, launch: Launch) -> None: ...
+
+    def stop(self, launch_id: str) -> None:
+        """End every process of its session, harder as time passes, then remove what it leaves. Asking again is harmless."""
+        ...
+
+    def set_limit(self, launch_id: str, limit_bytes: int) -> None:
+        """Write and read back the limit, and have the engine apply it. Raises OSError where the segment is not there."""
+        ...
+
+    def look(self) -> Mapping[str, EngineSeen]: ...
+
+    def forget(self, launch_id: str) -> None:
+        """Its end was seen; look() need not name it again."""
+        ...
+
+
+class Sources(Protocol):
+    def problem(self, spec: ModelSpec) -> str | None:
+        """Why this source can not be served from here, or None. A hub id that is not downloaded is no problem."""
+        ...
+
+    def shape(self, spec: ModelSpec) -> Shape | None: ...
+
+
+class Store(Protocol):
+    """What must survive a restart. Every call returns when it is durable; raises StoreError."""
+
+    async def load(self) -> Stored: ...
+
+    async def put_model(self, spec: ModelSpec, added_at: float) -> None: ...
+
+    async def remove_model(self, name: str) -> None: ...
+
+    async def set_held(self, name: str, held: bool) -> None: ...
+
+    async def put_footprint(self, key: str, figures: Mapping[str, float]) -> None: ...
+
+    async def add_events(self, events: Sequence[Event]) -> None: ...
+
+    async def events(self, model: str | None, limit: int) -> Sequence[Event]: ...

@@ -1,0 +1,77 @@
+"""kvcached's segments: 24 bytes in /dev/shm (int64 limit, used, prealloc), every access under flock on the file itself.
+
+Only existing segments are opened: creating one would fake a pool. Only the first 8 bytes are written: the engine reads the
+struct again under its own lock before it writes the rest. `kvctl limit` is the same operation and takes 3 s (it imports torch).
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import struct
+import time
+import uuid
+from pathlib import Path
+
+from orchestrator.policy.snapshot import Segment
+
+SHM = Path("/dev/shm")
+LAYOUT = struct.Struct("=qqq")
+LOCK_TRIES, LOCK_PAUSE_S = 20, 0.0005  # an engine holds the lock for microseconds
+
+
+def read(ipc_name: str) -> Segment | None:
+    """The segment, or None where there is none of the right size."""
+    try:
+        with _locked(ipc_name, os.O_RDONLY, fcntl.LOCK_SH) as fd:
+            return Segment(*LAYOUT.unpack(os.pread(fd, LAYOUT.size + 1, 0)))
+    except (OSError, struct.error):
+        return None
+
+
+def write_limit(ipc_name: str, limit_bytes: int) -> None:
+    """Write, then read back. Raises OSError: no such segment, another size, locked, or another value came back."""
+    with _locked(ipc_name, os.O_RDWR, fcntl.LOCK_EX) as fd:
+        size = os.fstat(fd).st_size
+        if size != LAYOUT.size:
+            raise OSError(f"{SHM / ipc_name} has {size} bytes, not {LAYOUT.size}: it is no kvcached segment")
+        os.pwrite(fd, struct.pack("=q", limit_bytes), 0)
+        found = struct.unpack("=q", os.pread(fd, 8, 0))[0]
+    if found != limit_bytes:
+        raise OSError(f"{SHM / ipc_name}: wrote the limit {limit_bytes}, read back {found}")
+
+
+def remove(ipc_name: str) -> list[str]:
+    """Remove what a killed engine left under this name, which no other launch ever has. Returns the paths removed."""
+    digest = str(uuid.uuid5(uuid.NAMESPACE_DNS, ipc_name))[:8]
+    removed = []
+    for path in (SHM / ipc_name, Path(f"/tmp/kvcached-tp-{ipc_name}-{digest}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(str(path))
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                removed.append(str(path))
+    return removed
+
+
+class _locked:
+    """Open without creating, and lock without waiting for ever."""
+
+    def __init__(self, ipc_name: str, flags: int, lock: int) -> None:
+        self._path, self._flags, self._lock = SHM / ipc_name, flags, lock
+
+    def __enter__(self) -> int:
+        self._fd = os.open(self._path, self._flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(self._fd, self._lock | fcntl.LOCK_NB)
+                return self._fd
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S)
+        os.close(self._fd)
+        raise OSError(f"{self._path} stayed locked for {LOCK_TRIES * LOCK_PAUSE_S * 1000:.0f} ms")
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)  # closing releases the lock

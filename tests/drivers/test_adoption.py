@@ -1,0 +1,136 @@
+"""A daemon that was killed, and the next one: what still runs is taken over, what does not is cleaned up after."""
+
+import asyncio
+import os
+import signal
+
+import psutil
+import pytest
+
+from orchestrator.drivers import kvcached, processes
+from tests.support.eventually import eventually, eventually_now
+from tests.support.simulated import BUNDLE, CEILING, Workshop
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_a_ready_engine_is_adopted_as_it_is(shop: Workshop) -> None:
+    launch = await shop.started(aliases=["also"], kv_floor="16MiB", idle_timeout=None, gpus=[0, "GPU-x"], args=["--enforce-eager"])
+    pid, pids = shop.pid(launch), shop.seen(launch).pids
+    await shop.restart()
+    assert await shop.launcher.adopt() == [launch]
+    await shop.ready(launch)
+    seen = shop.seen(launch)
+    assert (seen.adopted, seen.pid, seen.pids) == (True, pid, pids)
+    assert (seen.capacity_bytes, seen.bundle_bytes) == (CEILING, BUNDLE)
+    assert await shop.complete(launch) == "tiny"
+    await shop.stopped(launch)
+    assert shop.leftovers(launch) == []
+
+
+async def test_a_limit_that_the_former_daemon_wrote_and_did_not_tell_is_told(shop: Workshop) -> None:
+    launch = await shop.started()
+    shop.launcher.set_limit(launch.id, 2 * BUNDLE)
+    await eventually(lambda: shop.seen(launch).acked_limit_bytes == 2 * BUNDLE, "two bundles")
+    kvcached.write_limit(launch.ipc_name, 10 * BUNDLE)
+    await shop.restart()
+    await shop.launcher.adopt()
+    await shop.ready(launch)
+    await eventually(lambda: shop.seen(launch).acked_limit_bytes == 10 * BUNDLE, "told")
+    assert (await shop.api(launch).rpc("kv_status"))["limit_bytes"] == 10 * BUNDLE
+
+
+async def test_a_start_under_way_is_adopted_and_becomes_ready(shop: Workshop) -> None:
+    launch = shop.start(fault="slow_start:0.5")
+    await eventually(lambda: shop.records.kept.get(launch.id, {}).get("process"), "spawned")
+    await shop.restart()
+    assert await shop.launcher.adopt() == [launch]
+    await shop.ready(launch)
+
+
+async def test_a_record_without_a_pid_is_found_by_its_log(shop: Workshop) -> None:
+    launch = await shop.started()
+    pid = shop.pid(launch)
+    shop.records.kept[launch.id]["process"] = None
+    await shop.restart()
+    assert await shop.launcher.adopt() == [launch]
+    assert shop.pid(launch) == pid
+    await shop.ready(launch)
+    await shop.stopped(launch)
+    assert shop.leftovers(launch) == []
+
+
+async def test_a_record_without_a_pid_whose_leader_is_dead_leaves_no_orphan(shop: Workshop) -> None:
+    launch = await shop.started()
+    pid, core = shop.pid(launch), shop.core(launch)
+    shop.records.kept[launch.id]["process"] = None
+    await shop.restart()
+    os.kill(pid, signal.SIGKILL)
+    shop._children[-1].wait()
+    assert shop.processes(launch.id) == [core]
+    assert await shop.launcher.adopt() == []
+    await eventually(lambda: shop.leftovers(launch) == [], "the core is ended and cleaned up after")
+
+
+async def test_an_intent_that_came_to_nothing_is_cleaned_up(shop: Workshop) -> None:
+    launch = shop.start(fault="hang_at_start")
+    await eventually(lambda: shop.records.kept.get(launch.id, {}).get("process"), "spawned")
+    record = shop.records.kept[launch.id] | {"process": None}
+    await shop.stopped(launch)
+    shop.records.kept[launch.id] = record
+    await shop.restart()
+    assert await shop.launcher.adopt() == []
+    await eventually(lambda: shop.leftovers(launch) == [], "cleaned up")
+
+
+async def test_a_dead_engine_is_not_adopted_but_cleaned_up_after(shop: Workshop) -> None:
+    launch = await shop.started()
+    pids = shop.seen(launch).pids
+    await shop.restart()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    shop._children[-1].wait()
+    eventually_now(lambda: not shop.processes(launch.id), "dead")
+    assert len(shop.leftovers(launch)) == 4  # segment, two folders, record: as after a SIGKILL
+    assert await shop.launcher.adopt() == []
+    await eventually(lambda: shop.seen(launch).gone, "gone")
+    assert shop.leftovers(launch) == []
+
+
+async def test_an_engine_whose_api_server_died_meanwhile_leaves_no_orphan(shop: Workshop) -> None:
+    launch = await shop.started()
+    pid, core = shop.pid(launch), shop.core(launch)
+    await shop.restart()
+    os.kill(pid, signal.SIGKILL)
+    shop._children[-1].wait()
+    assert shop.processes(launch.id) == [core]
+    assert await shop.launcher.adopt() == []
+    await eventually(lambda: shop.leftovers(launch) == [], "the core is ended")
+
+
+async def test_a_pid_of_before_the_machine_was_booted_is_nobody(shop: Workshop) -> None:
+    launch = await shop.started()
+    record = shop.records.kept[launch.id]
+    await shop.stopped(launch)
+    stranger, child = processes.spawn(["sleep", "1000"], {"PATH": "/usr/bin:/bin"}, shop.root / "stranger.log")
+    try:
+        shop.records.kept[launch.id] = record | {"process": [stranger.pid, stranger.create_time], "boot": "another boot"}
+        await shop.restart()
+        assert await shop.launcher.adopt() == []
+        await eventually(lambda: shop.seen(launch).gone, "cleaned up")
+        assert psutil.pid_exists(stranger.pid)
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_two_engines_of_one_model_do_not_touch_each_other(shop: Workshop) -> None:
+    first, second = shop.start(), shop.start()
+    await asyncio.gather(shop.ready(first), shop.ready(second))
+    shop.launcher.set_limit(first.id, 5 * BUNDLE)
+    assert (segment := shop.seen(second).segment) is not None
+    assert segment.limit_bytes == CEILING
+    await shop.stopped(first)
+    assert await shop.complete(second) == "tiny"
+    assert shop.seen(second).error is None

@@ -1,0 +1,241 @@
+"""The state file, as a real SQLite file: what was acknowledged is there after a reopen, a kill -9 and a full disk."""
+
+import asyncio
+import contextlib
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.drivers import store as driver
+from orchestrator.drivers.store import SqliteStore
+from orchestrator.errors import StoreError
+from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.stored import Event, Stored
+
+pytestmark = pytest.mark.asyncio
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spec(name: str = "a", **fields: object) -> ModelSpec:
+    return ModelSpec.model_validate({"name": name, "source": "/models/a", **fields})
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[SqliteStore]:
+    store = SqliteStore(path)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state.db"
+
+
+async def test_everything_survives_a_reopen(path: Path) -> None:
+    full = spec(
+        "org/b", aliases=["x"], gpus=[0, "GPU-1"], args=["--max-model-len", "8k"], env={"A": "ü\n"}, kv_floor="1GiB", kv_ceiling="2GiB",
+        idle_timeout=None, priority=-3, pinned=True,
+    )  # fmt: skip
+    events = [Event(float(n), "a" if n % 2 else "b", "ready", f"reason {n}") for n in range(6)]
+    async with opened(path) as store:
+        assert await store.load() == Stored()
+        await store.put_model(full, 2.0)
+        await store.put_model(spec("a"), 1.0)
+        await store.set_held("a", True)
+        await store.set_held("a", True)  # again is harmless
+        await store.put_footprint("key", {"start_bytes": 5, "start_s": 1.5})
+        await store.put_footprint("key", {"start_bytes": 6, "start_s": 2.5})
+        await store.put_engine("l1", {"process": None})
+        await store.put_engine("l1", {"process": [1, 2.25], "log": "/x"})
+        await store.put_engine("l2", {})
+        await store.remove_engine("l2")
+        await store.add_events(events)
+    async with opened(path) as store:
+        assert await store.load() == Stored((spec("a"), full), frozenset({"a"}), {"key": {"start_bytes": 6, "start_s": 2.5}})
+        assert await store.engines() == {"l1": {"process": [1, 2.25], "log": "/x"}}
+        assert await store.events(None, 100) == events
+        assert await store.events(None, 2) == events[-2:]
+        assert await store.events("a", 2) == [events[3], events[5]]
+        assert await store.events("nobody", 2) == []
+
+
+async def test_removal_forgets_that_it_was_held(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put_model(spec("a"), 1.0)
+        await store.set_held("a", True)
+        await store.remove_model("a")
+        await store.put_model(spec("a"), 2.0)
+        assert await store.load() == Stored((spec("a"),))
+        await store.set_held("a", True)
+        await store.set_held("a", False)
+        assert (await store.load()).held == frozenset()
+
+
+async def test_a_model_that_a_config_file_had_overruled_can_be_added_anew(path: Path) -> None:
+    """The registry does not know of the old row then, so nothing else could remove it."""
+    async with opened(path) as store:
+        await store.put_model(spec("a", aliases=["x"]), 1.0)
+        await store.set_held("a", True)
+        await store.put_model(spec("a"), 2.0)
+        assert await store.load() == Stored((spec("a"),))
+
+
+async def test_old_events_are_pruned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "KEPT_EVENTS", 50)
+    async with opened(path) as store:
+        for start in range(0, 200, 20):
+            await store.add_events([Event(float(n), "a", "ready", "") for n in range(start, start + 20)])
+        kept = await store.events(None, 1000)
+        assert [event.at for event in kept] == [float(n) for n in range(150, 200)]
+        await store.add_events([])
+
+
+async def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put_model(spec("a"), 1.0)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    store = SqliteStore(path)
+    with pytest.raises(StoreError, match=r"newer version.*schema 99.*upgrade the daemon"):
+        await store.open()
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM models").fetchone() == (1,)
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+
+
+async def test_what_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+    text = "this is no SQLite file, and somebody may want it" * 100
+    await asyncio.to_thread(path.write_text, text)
+    store = SqliteStore(path)
+    with pytest.raises(StoreError, match="not a database"):
+        await store.open()
+    await store.close()
+    assert await asyncio.to_thread(path.read_text) == text
+
+
+async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="unable to open"):
+        await SqliteStore(tmp_path / "no/state.db").open()
+
+
+async def test_a_model_that_this_version_does_not_understand_is_named(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put_model(spec("a"), 1.0)
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE models SET spec = json_set(spec, '$.kv_weight', 'heavy')")
+        with pytest.raises(StoreError, match="does not understand") as error:
+            await store.load()
+        assert "kv_weight" in error.value.message
+        assert str(path) in error.value.message
+
+
+async def test_a_file_that_may_not_be_written_changes_nothing(path: Path) -> None:
+    async with opened(path) as store:
+        await store.put_model(spec("a"), 1.0)
+        before = await store.load()
+        await store._run(lambda db: db.execute("PRAGMA query_only = ON").close())  # root may write to every file
+        for write in (
+            store.put_model(spec("b"), 2.0),
+            store.remove_model("a"),
+            store.set_held("a", True),
+            store.put_footprint("k", {}),
+            store.put_engine("l", {}),
+            store.add_events([Event(0.0, "a", "ready", "")]),
+        ):
+            with pytest.raises(StoreError, match="readonly database; nothing was changed") as error:
+                await write
+            assert error.value.status == 503
+        assert await store.load() == before
+        await store._run(lambda db: db.execute("PRAGMA query_only = OFF").close())
+        await store.put_model(spec("b"), 2.0)  # and it heals by itself
+
+
+FULL_DISK = """
+import asyncio, resource, sys
+from pathlib import Path
+from orchestrator.drivers.store import SqliteStore
+from orchestrator.errors import StoreError
+from orchestrator.policy.model import ModelSpec
+
+async def main():
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    await store.put_model(ModelSpec(name="a", source="/m"), 1.0)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # every file is full now
+    try:
+        await store.put_model(ModelSpec(name="b", source="/m"), 2.0)
+        print("written")
+    except StoreError as error:
+        print("refused", "nothing was changed" in error.message)
+    print([model.name for model in (await store.load()).models])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    await store.put_model(ModelSpec(name="c", source="/m"), 3.0)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_full_disk_changes_nothing(path: Path) -> None:
+    said = _python(FULL_DISK, path).communicate(timeout=60)[0].splitlines()
+    assert said == ["refused True", "['a']"]
+    async with opened(path) as store:
+        assert [model.name for model in (await store.load()).models] == ["a", "c"]
+
+
+WRITER = """
+import asyncio, itertools, sys
+from pathlib import Path
+from orchestrator.drivers.store import SqliteStore
+from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.stored import Event
+
+async def main():
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    for n in itertools.count():
+        await store.put_model(ModelSpec(name=f"m{n}", source="/m"), float(n))
+        await store.put_engine(f"l{n}", {"n": n})
+        await store.add_events([Event(float(n), "m", "ready", "x" * 200)])
+        print(n, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_kill_in_the_middle_of_many_writes_loses_nothing_that_was_acknowledged(path: Path) -> None:
+    writer = _python(WRITER, path)
+    assert writer.stdout is not None
+    acknowledged = [int(writer.stdout.readline()) for _ in range(200)]
+    writer.kill()
+    acknowledged += [int(line) for line in writer.communicate()[0].splitlines()]
+    async with opened(path) as store:
+        stored = await store.load()
+        engines, events = await store.engines(), await store.events(None, 10**6)
+    for n in acknowledged:
+        assert engines[f"l{n}"] == {"n": n}
+    assert len(acknowledged) <= len(stored.models) <= len(acknowledged) + 2
+    assert [event.at for event in events][: len(acknowledged)] == [float(n) for n in acknowledged]
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+async def test_many_writers_on_one_loop(path: Path) -> None:
+    async with opened(path) as store:
+        await asyncio.gather(*(store.put_model(spec(f"m{n}"), float(n)) for n in range(50)))
+        assert [model.name for model in (await store.load()).models] == [f"m{n}" for n in range(50)]
+
+
+def _python(script: str, path: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
