@@ -1,0 +1,171 @@
+"""The one loop. tick(): observe -> decide -> act -> publish; run(): tick, then wait for `wake` or for the interval.
+
+Between the end of observe and the end of publish nothing awaits: that is what "one writer, no locks" means in asyncio.
+Whatever happens merely sets `wake`; the loop never learns what it was, it looks.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.control.act import act
+from orchestrator.control.observe import Observer
+from orchestrator.control.ports import Engines, Store
+from orchestrator.control.registry import Registry
+from orchestrator.control.traffic import Door, Traffic
+from orchestrator.errors import ModelNotFound, ModelUnavailable
+from orchestrator.policy.budgets import PoolMemory
+from orchestrator.policy.decide import Plan, decide
+from orchestrator.policy.instance import Instance, Launch, State
+from orchestrator.policy.lifecycle import Known, Rules
+from orchestrator.policy.snapshot import Snapshot
+from orchestrator.policy.stored import Event
+
+log = logging.getLogger(__name__)
+
+COALESCE_S = 0.02  # a burst of wake-ups is one look
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The last look and what was decided from it: what status, describe and metrics are projections of."""
+
+    snapshot: Snapshot
+    plan: Plan
+    ticks: int
+    errors: int
+    took_s: float
+
+
+class Reconciler:
+    def __init__(
+        self,
+        registry: Registry,
+        traffic: Traffic,
+        engines: Engines,
+        observer: Observer,
+        store: Store,
+        rules: Rules,
+        interval_s: float,
+        wake: asyncio.Event,
+        on_tick: Callable[[View], None] = lambda view: None,
+    ) -> None:
+        self._registry, self._traffic, self._engines, self._observer = registry, traffic, engines, observer
+        self._store, self._rules, self._interval_s, self._wake, self._on_tick = store, rules, interval_s, wake, on_tick
+        self._instances: dict[str, Instance] = {}
+        self._pool_memory: dict[str, PoolMemory] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._ticks = self._errors = 0
+        self.view: View | None = None
+        self.ticked = asyncio.Condition()  # notified after each tick
+
+    def adopt(self, launches: Iterable[Launch], now: float) -> None:
+        """Engines that a former daemon left running: each is a start that is under way, and the loop goes on from there."""
+        for launch in launches:
+            name, reason = launch.spec.name, "found running when the daemon started"
+            self._instances[name] = Instance(name, State.STARTING, now, reason, launch=launch)
+            self._note([Event(time.time(), name, "adopted", reason)])
+
+    async def run(self) -> None:
+        """Until every engine has ended after stop(). A tick that fails is logged and counted; the next one looks afresh."""
+        while not (self._stopping and not self._instances):
+            self._wake.clear()
+            try:
+                await self.tick()
+            except Exception:
+                self._errors += 1
+                log.exception("the control loop failed in this tick; it goes on")
+                await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(COALESCE_S)
+            try:
+                async with asyncio.timeout(self._interval_s - COALESCE_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def stop(self) -> None:
+        """From now on no model is wanted: what runs is drained and ended."""
+        self._stopping = True
+        self._wake.set()
+
+    async def tick(self) -> None:
+        snapshot = await self._observer.look()
+        started = time.perf_counter()
+        known: dict[str, Known] = {} if self._stopping else dict(self._registry.known())
+        before = self._instances
+        plan = decide(known, before, self._pool_memory, snapshot, self._rules, lambda: secrets.token_hex(4))
+        self._instances, self._pool_memory = dict(plan.instances), dict(plan.pool_memory)
+        act(plan.actions, self._engines, self._registry, self._spawn)
+        for launch_id in snapshot.engines.keys() - {i.launch.id for i in self._instances.values() if i.launch}:
+            if snapshot.engines[launch_id].gone:
+                self._engines.forget(launch_id)
+        doors = self._registry.known().keys() | plan.instances.keys()
+        self._traffic.publish({name: self._door(name, known.get(name), plan.instances.get(name), snapshot.now) for name in doors})
+        self._report(before, plan)
+        self._ticks += 1
+        self.view = View(snapshot, plan, self._ticks, self._errors, time.perf_counter() - started)
+        self._on_tick(self.view)
+        async with self.ticked:
+            self.ticked.notify_all()
+
+    def _door(self, name: str, model: Known | None, instance: Instance | None, now: float) -> Door:
+        """Open for a READY model; shut with the reason where waiting would not help; else requests wait."""
+        if self._stopping:
+            return Door(error=ModelUnavailable("The daemon is shutting down.", code="shutting_down", retry_after_s=30))
+        if model is None or instance is None:
+            return Door(error=ModelNotFound(f"The model {name!r} was removed.", param="model"))
+        if model.held:
+            message = f"The model {name!r} was stopped by an operator; `orchestratorctl start {name}` brings it back."
+            return Door(error=ModelUnavailable(message, code="model_stopped", retry_after_s=60))
+        if instance.state is State.FAILED:
+            return Door(error=ModelUnavailable(f"The model {name!r} has failed: {instance.reason}", code="model_failed", retry_after_s=60))
+        expected = (instance.launch.expected_start_s if instance.launch else model.footprint.start_s) or 30.0
+        elapsed = now - instance.since if instance.state is State.STARTING else 0.0
+        ready = instance.launch.id if instance.state is State.READY and instance.launch else None
+        return Door(ready, None, max(1.0, expected - elapsed), model.spec.max_concurrency, model.spec.max_queue)
+
+    def note(self, model: str, kind: str, reason: str) -> None:
+        """An operator did something: it belongs between the states."""
+        self._note([Event(time.time(), model, kind, reason)])
+        self._wake.set()
+
+    def _report(self, before: dict[str, Instance], plan: Plan) -> None:
+        """One line and one event for each real change of state, none for what stays."""
+        events = []
+        for name, instance in plan.instances.items():
+            old = before.get(name)
+            if old is not None and (old.state, old.since) == (instance.state, instance.since):
+                continue
+            if old is None and instance.state is State.STOPPED:
+                continue
+            bad = instance.failing or instance.state in (State.BACKOFF, State.FAILED)
+            log.log(logging.WARNING if bad else logging.INFO, "%s: %s: %s", name, instance.state, instance.reason)
+            events.append(Event(time.time(), name, instance.state.value, instance.reason))
+        for name in before.keys() - plan.instances.keys():
+            log.info("%s: gone", name)
+        if events:
+            self._note(events)
+            self._wake.set()  # a state that has just been reached may allow the next move at once
+
+    def _note(self, events: list[Event]) -> None:
+        self._spawn(self._store.add_events(events))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)  # asyncio keeps only weak references to tasks
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("could not be kept: %s", error)
+
+    async def settle(self) -> None:
+        """Until what was to be written is written."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)

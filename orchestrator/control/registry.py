@@ -1,0 +1,166 @@
+"""The one place that knows which models should exist: those of the config files (owned by people) and those added by API (in the store).
+
+A change is durable before it is visible; a change that fails leaves nothing behind.
+"""
+
+import asyncio
+import difflib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from orchestrator.control.ports import Sources, Store
+from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError
+from orchestrator.policy.actions import Learn
+from orchestrator.policy.decide import reserve_bytes
+from orchestrator.policy.footprint import Footprint, estimate, floor_bytes, request_bytes
+from orchestrator.policy.lifecycle import Known, Rules
+from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.placement import allowed, never_fits
+from orchestrator.policy.snapshot import GpuReading
+from orchestrator.policy.units import show_bytes
+
+
+class Registry:
+    def __init__(
+        self,
+        store: Store,
+        sources: Sources,
+        file_specs: Iterable[ModelSpec],
+        engines: Iterable[str],
+        rules: Rules,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._sources, self._rules, self._clock = store, sources, rules, clock
+        self._file_specs = tuple(file_specs)
+        self._engines = frozenset(engines)
+        self._changing = asyncio.Lock()  # one change at a time: what was checked still holds when the disk has answered
+        self._learned: dict[str, Mapping[str, float]] = {}
+        self._known: dict[str, Known] = {}
+        self._by_name: dict[str, str] = {}  # names and aliases -> model
+        self.overruled: list[str] = []  # models in the store whose name a config file has taken: the file wins
+
+    async def load(self) -> None:
+        """What the config files and the store hold. Models marked `preload` count as started now."""
+        stored = await self._store.load()
+        self._learned = dict(stored.footprints)
+        for owner, specs in (("file", self._file_specs), ("api", stored.models)):
+            for spec in specs:
+                if any(name in self._by_name for name in (spec.name, *spec.aliases)):
+                    self.overruled.append(spec.name)
+                    continue
+                held = spec.name in stored.held
+                self._put(Known(spec, self._footprint(spec), owner, held, self._clock() if spec.preload and not held else -1e9))
+
+    def known(self) -> Mapping[str, Known]:
+        return self._known
+
+    def resolve(self, name: str) -> str:
+        """The model that a name or alias means. Raises ModelNotFound, which lists what there is."""
+        model = self._by_name.get(name)
+        if model is None:
+            near = difflib.get_close_matches(name, self._by_name, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(sorted(self._known)) or "none yet; `orchestratorctl add-model NAME SOURCE` adds one"
+            raise ModelNotFound(f"The model {name!r} does not exist.{hint} Known models: {names}", param="model")
+        return model
+
+    def get(self, name: str) -> Known:
+        return self._known[self.resolve(name)]
+
+    async def add(self, spec: ModelSpec, gpus: Sequence[GpuReading], start: bool) -> None:
+        """Raises Conflict for a name that is taken, SpecError for a spec that can not work here."""
+        async with self._changing:
+            self._refuse_taken(spec)
+            if problems := self._problems(spec, self._footprint(spec), gpus):
+                raise SpecError(problems)
+            await self._store.put_model(spec, time.time())
+            self._put(Known(spec, self._footprint(spec), "api", started_at=self._clock() if start else -1e9))
+
+    async def remove(self, name: str) -> None:
+        async with self._changing:
+            model = self.get(name).spec.name
+            if self._known[model].owner == "file":
+                raise Conflict(f"The model {model!r} is defined in a config file: remove it there and restart the daemon.", param="name")
+            await self._store.remove_model(model)
+            del self._known[model]
+            self._by_name = {n: m for n, m in self._by_name.items() if m != model}
+
+    async def hold(self, name: str, held: bool) -> None:
+        """`stop` holds a model down until `start`: requests do not wake it, and a restart of the daemon does not forget it."""
+        async with self._changing:
+            name = self.resolve(name)
+            await self._store.set_held(name, held)
+            model = self._known[name]  # only now: learn() may have put a new footprint there meanwhile
+            self._put(replace(model, held=held, started_at=model.started_at if held else self._clock()))
+
+    async def learn(self, learned: Learn) -> None:
+        """Keep what a start has shown, for every model that would be started alike."""
+        figures: dict[str, float] = {"start_bytes": learned.start_bytes, "ready_bytes": learned.ready_bytes, "start_s": learned.start_s}
+        self._learned[learned.footprint_key] = figures
+        for model in list(self._known.values()):
+            if model.spec.footprint_key() == learned.footprint_key:
+                self._put(replace(model, footprint=self._footprint(model.spec)))
+        await self._store.put_footprint(learned.footprint_key, figures)
+
+    def source_problems(self) -> list[Problem]:
+        """Registered models whose source is not there now: worth a warning at start, not a refusal (a disk may be mounted later)."""
+        found = ((model.spec.name, self._sources.problem(model.spec)) for model in self._known.values())
+        return [Problem(f"models.{name}.source", problem) for name, problem in found if problem]
+
+    def _put(self, model: Known) -> None:
+        self._known[model.spec.name] = model
+        for name in (model.spec.name, *model.spec.aliases):
+            self._by_name[name] = model.spec.name
+
+    def _footprint(self, spec: ModelSpec) -> Footprint:
+        footprint = estimate(spec, self._sources.shape(spec))
+        figures = self._learned.get(spec.footprint_key())
+        if figures is None:
+            return footprint
+        return footprint.learned(int(figures["start_bytes"]), int(figures["ready_bytes"]), figures["start_s"])
+
+    def _refuse_taken(self, spec: ModelSpec) -> None:
+        for name in (spec.name, *spec.aliases):
+            if model := self._by_name.get(name):
+                owner = "in a config file" if self._known[model].owner == "file" else "already"
+                what = "is a model" if model == name else f"is an alias of {model!r}"
+                raise Conflict(
+                    f"The name {name!r} {what} that is registered {owner}: take another name, or `orchestratorctl rm {model}` first.",
+                    param="name",
+                )
+
+    def _problems(self, spec: ModelSpec, footprint: Footprint, gpus: Sequence[GpuReading]) -> list[Problem]:
+        problems = []
+        if spec.engine not in self._engines:
+            problems.append(Problem("engine", f"there is no engine {spec.engine!r}; known: {', '.join(sorted(self._engines))}"))
+        if problem := self._sources.problem(spec):
+            problems.append(Problem("source", problem))
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        usable, unknown = allowed(spec, by_uuid)
+        here = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in gpus)
+        for name in unknown:
+            problems.append(Problem("gpus", f"no GPU here is {name!r}; there are: {here}"))
+        if len(usable) < spec.tensor_parallel_size and not unknown:
+            problems.append(
+                Problem("tensor_parallel_size", f"{spec.tensor_parallel_size} GPUs wanted, {len(usable)} here: {here or 'none'}")
+            )
+        if problems:
+            return problems
+        if spec.kv_ceiling is not None and footprint.bundle_bytes:
+            least = max(2 * footprint.bundle_bytes, request_bytes(footprint, footprint.max_model_len) if footprint.max_model_len else 0)
+            if spec.kv_ceiling < least:
+                what = f"one request of {footprint.max_model_len} tokens" if footprint.max_model_len else "two page bundles"
+                problems.append(
+                    Problem(
+                        "kv_ceiling",
+                        f"{show_bytes(spec.kv_ceiling)} cannot hold {what} ({show_bytes(least)}): raise it, or lower --max-model-len",
+                    )
+                )
+        if footprint.known:
+            reserve = {gpu.uuid: reserve_bytes(gpu, self._rules) for gpu in gpus}
+            parts = footprint.parts if footprint.source == "estimated" else {"learned": footprint.start_bytes}
+            why = never_fits(spec, parts, floor_bytes(spec, footprint), reserve, [by_uuid[uuid] for uuid in usable])
+            if why:
+                problems.append(Problem("source", f"can never fit: {why}"))
+        return problems
