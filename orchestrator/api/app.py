@@ -1,0 +1,79 @@
+"""The two applications: users' over TCP, operators' over the admin socket, and over TCP only with a key. Routes and error handlers only.
+
+No BaseHTTPMiddleware anywhere: one of them costs as much as the whole proxy and hides a client's leaving.
+"""
+
+import hmac
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
+
+from orchestrator import __version__
+from orchestrator.api import error_body
+from orchestrator.errors import BadRequest, OrchestratorError, RouteNotFound, Unauthorized
+
+
+def users_app(routers: list[APIRouter], forwarded: list[BaseRoute], admin: APIRouter | None, admin_key: str | None) -> FastAPI:
+    app = _app("orchestrator")
+    app.router.routes.extend(forwarded)
+    for router in routers:
+        app.include_router(router)
+    if admin is not None and admin_key is not None:
+        app.include_router(admin, dependencies=[Depends(_key_check(admin_key))])
+    return app
+
+
+def operators_app(admin: APIRouter) -> FastAPI:
+    app = _app("orchestrator admin")
+    app.include_router(admin)
+    return app
+
+
+def _app(title: str) -> FastAPI:
+    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_exception_handler(OrchestratorError, _ours)
+    app.add_exception_handler(HTTPException, _not_routed)
+    app.add_exception_handler(RequestValidationError, _bad_query)
+    app.add_exception_handler(Exception, _bug)
+    return app
+
+
+def _key_check(key: str):  # type: ignore[no-untyped-def]
+    async def check(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+            raise Unauthorized("The admin API over TCP needs `Authorization: Bearer <admin.key>`.")
+
+    return check
+
+
+def _respond(error: OrchestratorError) -> Response:
+    return Response(error_body.body(error), error.status, error_body.headers(error))
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OrchestratorError)
+    return _respond(error)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    missing = RouteNotFound(f"There is no route {request.method} {request.url.path} here.")
+    if error.status_code == 405:
+        missing = RouteNotFound(f"{request.url.path} does not answer {request.method}.", code="method_not_allowed")
+        missing.status = 405
+    return _respond(missing)
+
+
+async def _bad_query(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _respond(BadRequest(f"{first['loc'][-1]}: {first['msg']}", param=str(first["loc"][-1])))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """A fault of ours; the server logs its traceback."""
+    return _respond(OrchestratorError("The daemon failed to answer this; its log has the traceback.", code="internal_error"))
