@@ -1,0 +1,353 @@
+"""orchestratord: the composition root. Builds each part once, runs the loop and the two servers together, stops them in order.
+
+Order of the end: new requests are refused, engines finish what they have and are ended, then the servers, then the store. An
+engine outlives the daemon only if the daemon is killed; the next one adopts it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import uvicorn
+import uvloop
+
+from orchestrator import __version__, config_errors, logs, settings
+from orchestrator.api.admin import About, Admin
+from orchestrator.api.app import operators_app, users_app
+from orchestrator.api.openai import forwarded_routes, models_router
+from orchestrator.api.proxy import Proxy
+from orchestrator.control.observe import Observer
+from orchestrator.control.ports import Gpus
+from orchestrator.control.reconciler import Reconciler, View
+from orchestrator.control.registry import Registry
+from orchestrator.control.traffic import Traffic
+from orchestrator.drivers import systemd, vllm
+from orchestrator.drivers.launcher import Launcher
+from orchestrator.drivers.nvml import Nvml
+from orchestrator.drivers.simgpu import SimGpus
+from orchestrator.drivers.sources import Sources
+from orchestrator.drivers.store import SqliteStore
+from orchestrator.errors import ConfigError, OrchestratorError, Problem, StartupError
+from orchestrator.policy.lifecycle import Rules
+from orchestrator.settings import Settings
+
+log = logging.getLogger("orchestrator")
+
+DEFAULT_CONFIG = Path("/etc/orchestrator/orchestrator.yaml")
+SERVER_STOP_S = 3  # open streams of the admin API are cut after this
+KEEP_ALIVE_S = 75  # longer than the 60 s of common load balancers, or their POSTs would meet closed connections
+
+
+async def serve(config: Settings, files: Sequence[Path]) -> None:
+    """Until SIGTERM or SIGINT. Raises StartupError, with nothing started, where this machine does not allow it."""
+    with contextlib.ExitStack() as held:
+        for folder, mode in (
+            (config.state_dir, 0o750),
+            (config.runtime_dir, 0o755),
+            (config.runtime_dir / "engines", 0o700),
+            (config.logs_dir, 0o750),
+        ):
+            _make(folder, mode)
+        held.enter_context(_lock(config.state_dir))
+        held.enter_context(_lock(config.runtime_dir))
+        public = held.enter_context(_listen(config.listen.host, config.listen.port))
+        admin = held.enter_context(_listen_unix(config.admin_socket))
+        store = SqliteStore(config.state_dir / "state.db")
+        await store.open()
+        try:
+            await _run(config, files, store, public, admin)
+        finally:
+            await store.close()
+
+
+async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, public: socket.socket, admin_socket: socket.socket) -> None:
+    started_at = time.monotonic()
+    gpus, gpu_source = _gpus(config)
+    wake = asyncio.Event()
+    rules = Rules(config.memory.reserve, config.requests.drain_timeout)
+    registry = Registry(store, Sources(dict(os.environ)), config.models.values(), config.engines, rules)
+    await registry.load()
+    launcher = Launcher(_venvs(config, gpu_source), config.runtime_dir, config.logs_dir, store, wake.set)
+    traffic = Traffic(wake.set, config.requests.max_wait)
+    observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
+    proxy = Proxy(traffic, registry.resolve, launcher.socket, config.requests.max_body)
+    loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
+
+    host, port = public.getsockname()[:2]
+    listen = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    about = About(
+        listen=lambda: listen,
+        admin_socket=str(config.admin_socket),
+        gpu_source=gpu_source,
+        config=tuple(map(str, files)),
+        state_dir=str(config.state_dir),
+        phases=vllm.PHASES,
+        started_at=started_at,
+    )
+    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events).router()
+    boot = time.time()
+    key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
+    users = users_app([models_router(registry, loop, lambda: boot)], list(forwarded_routes(proxy)), admin, key)
+    servers = [(_server(users, config), public), (_server(operators_app(admin), config), admin_socket)]
+
+    for name in registry.overruled:
+        log.warning("%s: a config file defines this name now; the one added by API is not used", name)
+    for problem in registry.source_problems():
+        log.warning("%s", problem)
+    stop = asyncio.Event()
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stop.set)
+    loop.adopt(await launcher.adopt(), time.monotonic())
+    await loop.tick()  # a first look, so that whoever connects finds figures
+    reconciling = asyncio.create_task(loop.run(), name="loop")
+    serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
+    tidying = asyncio.create_task(_tidy(loop, proxy), name="tidy")
+    log.info("serving %s, admin at %s, %s GPUs (%s), version %s", listen, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
+    if gpu_source == "simulated":
+        log.warning("the GPUs are SIMULATED: engines are simulated too, and answers are made up")
+    systemd.notify(f"READY=1\nSTATUS=serving {listen}")
+
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, reconciling, *serving], return_when=asyncio.FIRST_COMPLETED)
+    systemd.notify("STOPPING=1")
+    log.info("stopping: engines finish their requests and are ended")
+    loop.stop()
+    await reconciling
+    for server, _ in servers:
+        server.should_exit = True
+    await asyncio.gather(*serving)
+    tidying.cancel()
+    await proxy.forget_all_but(())
+    await loop.settle()
+    log.info("stopped")
+
+
+def _seen(loop: Reconciler) -> Sequence[str]:
+    return tuple(loop.view.snapshot.gpus) if loop.view else ()
+
+
+async def _tidy(loop: Reconciler, proxy: Proxy) -> None:
+    """Close the proxy's connections to engines that are over."""
+    while True:
+        async with loop.ticked:
+            await loop.ticked.wait()
+        if loop.view is not None:
+            await proxy.forget_all_but({i.launch.id for i in loop.view.plan.instances.values() if i.launch})
+
+
+def _feed_systemd(view: View) -> None:
+    """The loop that decides feeds the watchdog: a daemon whose loop hangs is restarted, whatever else still answers."""
+    states: dict[str, int] = {}
+    for instance in view.plan.instances.values():
+        states[instance.state.value] = states.get(instance.state.value, 0) + 1
+    systemd.notify("WATCHDOG=1\nSTATUS=" + (", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no models"))
+
+
+def _gpus(config: Settings) -> tuple[Gpus, str]:
+    chosen = config.gpus.source
+    if chosen != "simulated":
+        try:
+            return Nvml(), "nvml"
+        except OSError as error:
+            if chosen == "nvml":
+                raise StartupError(str(error)) from None
+            log.warning("%s; taking simulated GPUs (gpus.source: auto)", error)
+    folder = config.runtime_dir / "simgpu"
+    os.environ["SIM_GPU_DIR"] = str(folder)  # engines inherit it
+    return SimGpus(folder, config.gpus.simulated.count, config.gpus.simulated.memory), "simulated"
+
+
+def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
+    """On simulated GPUs every engine is a simulated one: real ones would not start."""
+    return {
+        name: vllm.EngineVenv(
+            kind="simulated" if gpu_source == "simulated" else engine.kind,
+            python=engine.python if engine.kind == "vllm" and gpu_source != "simulated" else Path(sys.executable),
+            env=engine.env,
+            args=engine.args,
+            stop_grace_s=engine.stop_grace,
+        )
+        for name, engine in config.engines.items()
+    }
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: the daemon stops things in its own order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(app: object, config: Settings) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=config.log.access,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SERVER_STOP_S,
+            backlog=2048,
+        )
+    )
+
+
+def _make(folder: Path, mode: int) -> None:
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StartupError(
+            f"{folder}: {error.strerror}: make it writable for this user, or choose another one under dirs in the config"
+        ) from None
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One daemon a folder. The kernel gives the lock back however the holder ends."""
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise StartupError(f"{folder} is in use by another orchestratord (pid {holder}): stop it, or choose other dirs") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    with sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            what = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs privileges (ports below 1024)"}
+            why = what.get(error.errno or 0, str(error.strerror))
+            raise StartupError(f"listen: {host}:{port} {why}: stop that, or set listen.port (ORCH_LISTEN__PORT)") from None
+        sock.listen(2048)
+        yield sock
+
+
+@contextlib.contextmanager
+def _listen_unix(path: Path) -> Iterator[socket.socket]:
+    """The runtime folder's lock is held, so a socket file that lies there belongs to a dead daemon. Anything else is not ours to remove."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            if path.is_socket():
+                path.unlink()
+            sock.bind(str(path))
+            path.chmod(0o660)
+        except OSError as error:
+            raise StartupError(f"admin.socket: {path}: {error.strerror or error}") from None
+        sock.listen(128)
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+CONFIG = click.option(
+    "--config", "-c", "files", multiple=True, type=click.Path(path_type=Path), envvar="ORCH_CONFIG",
+    help=f"Config file; may be given more than once, later ones add and override. Default: {DEFAULT_CONFIG} if it exists.",
+)  # fmt: skip
+
+
+def _load(files: tuple[Path, ...]) -> tuple[Settings, tuple[Path, ...]]:
+    if not files and DEFAULT_CONFIG.exists():
+        files = (DEFAULT_CONFIG,)
+    return config_errors.load(files, os.environ), files
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="orchestratord")
+def main() -> None:
+    """The daemon that shares GPUs between many language models.
+
+    Settings come from the environment (ORCH_LISTEN__PORT=9000), then --config files, then defaults. Exit codes: 0 stopped in
+    order, 1 this machine does not allow it (folder locked, port in use), 78 the configuration is wrong.
+    """
+
+
+@main.command("serve")
+@CONFIG
+def serve_command(files: tuple[Path, ...]) -> None:
+    """Run in the foreground until SIGTERM or Ctrl-C, which end the engines too.
+
+    Example: orchestratord serve --config config/orchestrator.yaml --config config/models.yaml
+    """
+    with _exit_codes():
+        config, files = _load(files)
+        logs.set_up(config.log.level, config.log.format, config.log.access)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config, files))
+
+
+@main.command("check-config")
+@CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON on stdout.")
+def check_config(files: tuple[Path, ...], as_json: bool) -> None:
+    """Read the configuration and say everything that is wrong with it: file, line, nearest right name. Exit code 78 if anything is."""
+    try:
+        config, files = _load(files)
+        sources = Sources(dict(os.environ))
+        missing = [Problem(f"models.{name}.source", why) for name, spec in config.models.items() if (why := sources.problem(spec))]
+        if missing:
+            raise ConfigError(missing)
+    except ConfigError as error:
+        if as_json:
+            click.echo(json.dumps({"problems": [{"where": p.where, "what": p.what} for p in error.problems]}, indent=2))
+        else:
+            for problem in error.problems:
+                click.echo(str(problem), err=True)
+            click.echo(f"{len(error.problems)} problem{'s' if len(error.problems) != 1 else ''}", err=True)
+        sys.exit(error.exit_code)
+    if as_json:
+        click.echo(json.dumps({"problems": []}))
+    else:
+        click.echo(f"{', '.join(map(str, files)) or 'defaults and environment'}: correct, {len(config.models)} models")
+
+
+@main.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of a config file, for editors: `orchestratord schema > orchestrator.schema.json`."""
+    click.echo(json.dumps(settings.schema(), indent=2))
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except OrchestratorError as error:
+        for problem in error.problems or (Problem("", error.message),):
+            click.echo(f"orchestratord: {problem}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What an operator may set. Strength: environment (ORCH_…, nested with __), then the config files, then the defaults here.
+
+config/orchestrator.yaml holds every field with its default and why (tests/test_docs.py compares them). Only daemon.py reads
+Settings; everything else gets plain values. `load()` finds every fault of every source at once: see config_errors.py.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.units import GIB, MIB, Duration, Size
+
+# Socket paths are at most 107 bytes (sun_path); the longest are vLLM's own (VLLM_RPC_BASE_PATH): <runtime>/engines/<launch id>/<uuid>.
+LONGEST_RUNTIME_DIR = 107 - len("/engines/12345678/") - 36
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(Section):
+    host: str = Field("127.0.0.1", description="Address of the OpenAI endpoint. Loopback: there are no API keys yet.")
+    port: int = Field(8000, ge=0, le=65535, description="Its port; 0 takes a free one and logs it.")
+
+
+class Admin(Section):
+    socket: Path | None = Field(None, description="Unix socket of the admin API. Default: <dirs.runtime>/admin.sock.")
+    tcp: bool = Field(False, description="Serve the admin API on listen.host:port too; needs admin.key.")
+    key: SecretStr | None = Field(None, description="Bearer key that admin requests over TCP must carry.")
+
+
+class Dirs(Section):
+    state: Path | None = Field(
+        None, description="The SQLite file. Default: $STATE_DIRECTORY, else /var/lib/orchestrator (root) or ~/.local/state/orchestrator."
+    )
+    runtime: Path | None = Field(
+        None,
+        description="Sockets. Default: $RUNTIME_DIRECTORY, else /run/orchestrator (root), $XDG_RUNTIME_DIR/orchestrator"
+        " or /tmp/orchestrator-<uid>.",
+    )
+    logs: Path | None = Field(None, description="Engine logs. Default: $LOGS_DIRECTORY, else <dirs.state>/logs.")
+
+
+class SimulatedGpus(Section):
+    count: int = Field(1, ge=1, le=64, description="How many cards.")
+    memory: Size = Field(80 * GIB, description="Memory of each.")
+
+
+class Gpus(Section):
+    source: Literal["nvml", "simulated", "auto"] = Field("nvml", description="auto: simulated cards where NVML shows none.")
+    simulated: SimulatedGpus = SimulatedGpus()
+
+
+class Memory(Section):
+    reserve: Size | None = Field(None, description="Kept free on each GPU. Default: 3 % of the card, at least 2 % + 512MiB.")
+
+
+class Loop(Section):
+    interval: Duration = Field(0.25, ge=0.02, description="How often the world is looked at, besides when something happens.")
+
+
+class Requests(Section):
+    max_body: Size = Field(64 * MIB, ge=1024, description="A larger request body is refused with 413.")
+    max_wait: Duration = Field(600.0, description="How long a request may wait for its model (504 after that).")
+    drain_timeout: Duration = Field(60.0, description="How long a model that is being stopped may finish its requests.")
+
+
+class Engine(Section):
+    """One venv that holds vLLM and kvcached."""
+
+    kind: Literal["vllm", "simulated"] = Field("vllm", description="simulated: a process that speaks like vLLM and needs no GPU.")
+    python: Path = Field(Path("/opt/orchestrator/engine/bin/python"), description="Python of the engine's venv (see `make engine`).")
+    env: dict[str, str] = Field({}, description="Environment of every engine of this venv.")
+    args: tuple[str, ...] = Field((), description="vLLM arguments of every engine of this venv.")
+    stop_grace: Duration = Field(10.0, description="From SIGTERM to SIGKILL.")
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
+    format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, json elsewhere.")
+    access: bool = Field(False, description="A line for each request.")
+
+
+def _named(models: object) -> object:
+    """`models` is a map by name: hand each spec its name."""
+    if not isinstance(models, Mapping):
+        return models
+    named: dict[object, object] = {}
+    for name, body in models.items():
+        if isinstance(body, Mapping) and "name" not in body:
+            named[name] = {**body, "name": name}
+        elif isinstance(body, Mapping) and body["name"] != name:
+            raise ValueError(f"{name!r} is named {body['name']!r} inside: remove `name`, the key is the name")
+        else:
+            named[name] = body
+    return named
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="ORCH_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    listen: Listen = Listen()
+    admin: Admin = Admin()
+    dirs: Dirs = Dirs()
+    gpus: Gpus = Gpus()
+    memory: Memory = Memory()
+    loop: Loop = Loop()
+    requests: Requests = Requests()
+    engines: dict[str, Engine] = Field({"default": Engine()}, min_length=1, description="Engine venvs by name; a model names one.")
+    log: Log = Log()
+    models: Annotated[
+        dict[str, ModelSpec], Field(description="Models by name. Those added by `orchestratorctl add-model` are kept elsewhere.")
+    ] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (env_settings, init_settings)  # init_settings carries the config files
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named_models(cls, models: object) -> object:
+        return _named(models)
+
+    @model_validator(mode="after")
+    def _cross(self) -> "Settings":
+        problems = []
+        if self.admin.tcp and self.admin.key is None:
+            problems.append("admin.tcp: is on without a key: set admin.key (or ORCH_ADMIN__KEY), or turn it off")
+        if self.listen.host not in ("127.0.0.1", "::1", "localhost"):
+            mend = "use 127.0.0.1, behind a proxy that authenticates"
+            problems.append(f"listen.host: {self.listen.host!r} is not loopback, and there are no API keys: {mend}")
+        taken: dict[str, str] = {}
+        for spec in self.models.values():
+            for name in (spec.name, *spec.aliases):
+                if name in taken:
+                    problems.append(
+                        f"models.{spec.name}: the name {name!r} is already that of {taken[name]!r}: names and aliases must be unique"
+                    )
+                taken.setdefault(name, spec.name)
+            if spec.engine not in self.engines:
+                problems.append(f"models.{spec.name}.engine: there is no engine {spec.engine!r}; known: {', '.join(sorted(self.engines))}")
+        if len(os.fsencode(self.runtime_dir)) > LONGEST_RUNTIME_DIR:
+            problems.append(
+                f"dirs.runtime: {self.runtime_dir} is longer than {LONGEST_RUNTIME_DIR} bytes, too long for unix sockets: use a shorter one"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def state_dir(self) -> Path:
+        root = Path("/var/lib/orchestrator") if os.getuid() == 0 else Path.home() / ".local/state/orchestrator"
+        return self.dirs.state or _systemd("STATE_DIRECTORY") or root
+
+    @property
+    def runtime_dir(self) -> Path:
+        if self.dirs.runtime or (given := _systemd("RUNTIME_DIRECTORY")):
+            return self.dirs.runtime or given  # type: ignore[return-value]
+        if os.getuid() == 0:
+            return Path("/run/orchestrator")
+        xdg = os.environ.get("XDG_RUNTIME_DIR")
+        return Path(xdg) / "orchestrator" if xdg else Path(f"/tmp/orchestrator-{os.getuid()}")
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.dirs.logs or _systemd("LOGS_DIRECTORY") or self.state_dir / "logs"
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.admin.socket or self.runtime_dir / "admin.sock"
+
+
+def _systemd(variable: str) -> Path | None:
+    """systemd's own answer for its *Directory= settings; the first of several, separated by colons."""
+    given = os.environ.get(variable, "").split(":")[0]
+    return Path(given) if given else None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a config file. A model needs no `name` there: its key is the name."""
+    made = Settings.model_json_schema()
+    made["title"] = "orchestrator configuration"
+    spec = made["$defs"]["ModelSpec"]
+    spec["required"] = [field for field in spec.get("required", []) if field != "name"]
+    return made
