@@ -1,0 +1,234 @@
+"""The admin API over http.client: one call, one connection; a unix socket or TCP.
+
+Every failure leaves as a CliError with its exit code, or as DeadlinePassed. Imported when a verb first calls the daemon
+(http.client costs 35 ms, most of it the email parser), never at the top of another module.
+"""
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+from urllib.parse import quote
+
+from orchestrator.cli.exits import (
+    BUSY,
+    CONFIG,
+    DENIED,
+    FAILED,
+    NOT_FOUND,
+    NOT_RUNNING,
+    UNREACHABLE,
+    CliError,
+    DeadlinePassed,
+    Json,
+)
+from orchestrator.cli.target import Target, no_permission
+
+BASE = "/api/v1"
+CONNECT_S = 5.0
+START = "start it (`make run`, `systemctl start orchestrator`), or name another with --host"
+ANSWER_S = 30.0  # an admin call only records a wish; a daemon that needs longer is stuck
+
+BY_STATUS = {400: CONFIG, 401: DENIED, 403: DENIED, 404: NOT_FOUND, 409: FAILED, 422: CONFIG, 429: BUSY, 503: BUSY}
+
+
+def model_path(name: str, verb: str = "") -> str:
+    return f"/models/{quote(name, safe='')}{verb}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Client:
+    """Calls the daemon at `target`. `deadline` is a time.monotonic() after which every call raises DeadlinePassed."""
+
+    def __init__(self, target: Target, admin_key: str | None = None, deadline: float | None = None, answer_s: float = ANSWER_S) -> None:
+        self.target = target
+        self.deadline = deadline
+        self._answer_s = answer_s
+        self._headers = {"Accept": "application/json"}
+        if admin_key:
+            self._headers["Authorization"] = f"Bearer {admin_key}"
+
+    def get(self, path: str) -> Json:
+        return self.send("GET", path)
+
+    def models(self) -> Json:
+        """The list object; whatever else answers is not the admin API."""
+        found = self.get("/models")
+        if not isinstance(found.get("models"), list):
+            raise _stranger("knows no models", self.target)
+        return found
+
+    def send(self, method: str, path: str, body: Json | None = None) -> Json:
+        with self.open(method, path, body) as answer:
+            return answer.json()
+
+    def open(self, method: str, path: str, body: Json | None = None) -> "Answer":
+        """Sends, and returns once the status line is there and good."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = self._headers if data is None else {**self._headers, "Content-Type": "application/json"}
+        connection = self._connection()
+        answer = Answer(self, connection)
+        try:
+            connection.connect()
+            answer.wait_at_most(self._answer_s)
+            connection.request(method, f"{self.target.prefix}{BASE}{path}", body=data, headers=headers)
+            answer.response = connection.getresponse()
+            if answer.response.status >= 300:
+                raise _refusal(answer.response.status, answer.body(), answer.response.getheader("Retry-After"), self.target)
+        except (OSError, http.client.HTTPException) as fault:
+            answer.close()
+            raise self.lost(fault) from fault
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def patience(self, most_s: float | None) -> float | None:
+        """How long a socket may keep us waiting: `most_s`, or what is left until the deadline; None for ever."""
+        if self.deadline is None:
+            return most_s
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlinePassed
+        return left if most_s is None else min(left, most_s)
+
+    def lost(self, fault: Exception) -> Exception:
+        """What a broken or silent connection means to the caller."""
+        if isinstance(fault, TimeoutError) and self.deadline is not None and time.monotonic() >= self.deadline:
+            return DeadlinePassed()
+        shown = self.target.shown
+        if isinstance(fault, PermissionError):
+            message = no_permission(self.target.socket) if self.target.socket else f"no permission to connect to {shown}"
+            return CliError(message, DENIED, code="permission_denied")
+        if isinstance(fault, FileNotFoundError):
+            why = f"there is no such socket: {START}"
+        elif isinstance(fault, ConnectionRefusedError):
+            why = f"nobody listens there, the daemon has stopped or died: {START}"
+        elif isinstance(fault, TimeoutError):
+            why = "no answer in time: is the daemon stuck? `systemctl status orchestrator`, or its log"
+        elif isinstance(fault, (ConnectionError, http.client.IncompleteRead)):
+            why = "the daemon closed the connection: is it restarting? `orchestratorctl status`"
+        elif isinstance(fault, http.client.HTTPException):
+            why = "what answers there does not speak HTTP: is --host right?"
+        else:
+            why = f"{fault}: is --host right?"
+        return CliError(f"no daemon at {shown}: {why}", UNREACHABLE, code="daemon_unreachable")
+
+    def _connection(self) -> http.client.HTTPConnection:
+        timeout = self.patience(min(CONNECT_S, self._answer_s))
+        assert timeout is not None
+        if self.target.socket is not None:
+            return _UnixConnection(self.target.socket, timeout)
+        return http.client.HTTPConnection(self.target.host, self.target.port, timeout=timeout)
+
+
+class Answer:
+    """One answer, to be read whole or line by line. A context manager: leaving it closes the connection."""
+
+    response: http.client.HTTPResponse
+
+    def __init__(self, client: Client, connection: http.client.HTTPConnection) -> None:
+        self._client = client
+        self._connection = connection
+        self._socket: socket.socket | None = None
+
+    def wait_at_most(self, seconds: float | None) -> None:
+        # Kept: the connection forgets its socket when the daemon announces `Connection: close`.
+        self._socket = self._socket or self._connection.sock
+        self._socket.settimeout(self._client.patience(seconds))
+
+    def body(self) -> bytes:
+        try:
+            return self.response.read()
+        except (OSError, http.client.HTTPException) as fault:
+            raise self._client.lost(fault) from fault
+
+    def json(self) -> Json:
+        return _object(self.body(), self._client.target)
+
+    def line(self, wait_s: float | None = None) -> bytes:
+        """The next line with its end, b"" after the last. TimeoutError after `wait_s`: nothing can be read any more."""
+        try:
+            self.wait_at_most(wait_s)
+            return self.response.readline()
+        except (OSError, http.client.HTTPException) as fault:
+            lost = self._client.lost(fault)
+            if wait_s is not None and isinstance(fault, TimeoutError) and not isinstance(lost, DeadlinePassed):
+                raise
+            raise lost from fault
+
+    def lines(self) -> Iterator[bytes]:
+        while line := self.line():
+            yield line
+
+    def object_line(self, wait_s: float | None = None) -> Json | None:
+        """The next NDJSON object; None after the last. A blank line keeps a connection alive and says nothing."""
+        while (line := self.line(wait_s)) and not line.strip():
+            continue
+        return _object(line, self._client.target) if line else None
+
+    def close(self) -> None:
+        response = getattr(self, "response", None)
+        if response is not None:
+            response.close()
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _object(data: bytes, target: Target) -> Json:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _stranger(f"answered {data[:60]!r}", target)
+    return value
+
+
+def _stranger(what: str, target: Target) -> CliError:
+    return CliError(
+        f"{target.shown} {what}: that is not the orchestrator's admin API; is --host right?",
+        UNREACHABLE,
+        code="not_the_admin_api",
+    )
+
+
+def _refusal(status: int, data: bytes, retry_after: str | None, target: Target) -> CliError:
+    """The daemon's error object as an exit code; what is no error object comes from something else."""
+    try:
+        error: Any = json.loads(data)["error"]
+        message = str(error["message"])
+        code = error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if status < 500 and status not in (401, 403):
+            return _stranger(f"answered HTTP {status}", target)
+        return CliError(f"{target.shown} answered HTTP {status}", BY_STATUS.get(status, FAILED), code=f"http_{status}")
+    if code == "route_not_found":
+        return _stranger("knows no such call", target)
+    exit_code = NOT_RUNNING if code == "not_running" else BY_STATUS.get(status, FAILED)
+    problems = [each for each in error.get("errors") or [] if isinstance(each, dict)]
+    lines = [f"  {each.get('field') or 'spec'}: {each.get('message')}" for each in problems]
+    if len(problems) > 0:
+        message = f"the daemon refused the spec: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    if retry_after:
+        lines.append(f"  try again in {retry_after}s")
+    if status in (401, 403):
+        lines.append("  give the admin key with ORCH_ADMIN_KEY or --admin-key")
+    return CliError(message, exit_code, code=str(code), lines=lines, body=error)

@@ -1,0 +1,198 @@
+"""The long pages: everything about one model, and the state of the daemon. Labels to the left, values to the right.
+
+Log lines and reasons come from engines and may hold colour codes of their own; they are shown bare.
+"""
+
+import time
+from collections.abc import Sequence
+
+import click
+
+from orchestrator.cli.exits import Json
+from orchestrator.cli.tables import duration, gpu_table, gpus, size, state
+
+LABEL = 14  # the longest label and two blanks
+SIZES = ("kv_floor", "kv_ceiling")
+DURATIONS = ("idle_timeout", "start_timeout")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD")
+
+
+def model_page(model: Json) -> str:
+    parts = [_head(model)]
+    for title, lines in (
+        ("Failure", _failure(model.get("failure"))),
+        ("Engine", _engine(model.get("engine"))),
+        ("KV pool", _pool(model.get("pool"))),
+        ("Footprint", _footprint(model.get("footprint"))),
+        ("Spec", _spec(model.get("spec") or {})),
+        ("Events", _events(model.get("events") or [])),
+    ):
+        if lines:
+            parts.append("\n".join([click.style(title, bold=True), *(f"  {line}" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def status_page(status: Json) -> str:
+    loop = status.get("loop") or {}
+    counts = status.get("models") or {}
+    gpus_seen: list[Json] = status.get("gpus") or []
+    simulated = status.get("gpu_source") == "simulated"
+    head = _rows(
+        [
+            (
+                "Daemon",
+                f"orchestratord {status.get('version')}, pid {status.get('pid')}, up {duration(status.get('uptime_s'))}",
+            ),
+            ("Listens on", status.get("listen")),
+            ("Admin socket", status.get("admin_socket")),
+            ("Config", ", ".join(map(str, status.get("config") or [])) or "none: defaults only"),
+            ("State", status.get("state_dir")),
+            (
+                "Loop",
+                f"{loop.get('ticks')} ticks, last {_ms(loop.get('last_ms'))}, {loop.get('errors')} errors" if loop else None,
+            ),
+            ("GPU readings", "simulated: no real GPU is touched" if simulated else status.get("gpu_source")),
+            ("Models", ", ".join(f"{count} {state(name)}" for name, count in counts.items() if count) or "none"),
+        ]
+    )
+    faults = [click.style(f"GPU {gpu.get('index')}: {gpu['error']}", fg="red") for gpu in gpus_seen if gpu.get("error")]
+    # The daemon reads NVML every 250 ms: a reading of 5 s is twenty rounds old.
+    faults += [f"GPU {gpu.get('index')}: this reading is {duration(gpu['age_s'])} old" for gpu in gpus_seen if (gpu.get("age_s") or 0) >= 5]
+    return "\n".join([head, "", gpu_table(gpus_seen) if gpus_seen else "no GPU seen", *faults])
+
+
+def failure_lines(failure: Json, most: int = 20) -> list[str]:
+    """The engine's last words, marked as such."""
+    return [f"  | {bare(line)}" for line in (failure.get("log") or [])[-most:]]
+
+
+def bare(text: object) -> str:
+    return click.unstyle(str(text)).rstrip()
+
+
+def _head(model: Json) -> str:
+    said = str(model.get("state"))
+    owner = {
+        "file": "file: defined in the configuration, edit it there",
+        "api": "api: added at runtime, kept over restarts",
+    }
+    idle = model.get("idle_s")
+    return _rows(
+        [
+            ("Name", model.get("name")),
+            ("Aliases", ", ".join(model.get("aliases") or ())),
+            ("State", f"{state(said)} for {duration(model.get('since_s'))}"),
+            ("Reason", bare(model.get("reason") or "")),
+            ("Held", "yes: stopped by hand, requests do not start it" if model.get("held") else None),
+            ("Source", model.get("source")),
+            ("Owner", owner.get(str(model.get("owner")), model.get("owner"))),
+            ("Requests", f"{model.get('in_flight') or 0} running, {model.get('waiting') or 0} waiting"),
+            ("Idle", None if idle is None else duration(idle)),
+        ]
+    )
+
+
+def _failure(failure: Json | None) -> list[str]:
+    if not failure:
+        return []
+    retry = failure.get("retry_in_s")
+    count = failure.get("count") or 1
+    head = [
+        ("Reason", bare(failure.get("reason"))),
+        ("Count", f"{count} in a row"),
+        ("Next try", None if retry is None else f"in {duration(retry)}"),
+    ]
+    return [*_rows(head).splitlines(), *failure_lines(failure)]
+
+
+def _engine(engine: Json | None) -> list[str]:
+    if not engine:
+        return []
+    phase = phase_text(engine)
+    expected = engine.get("expected_start_s")
+    return _rows(
+        [
+            ("PID", engine.get("pid")),
+            ("Up", duration(engine.get("up_s"))),
+            ("Phase", phase and phase + (f"; a start takes about {duration(expected)}" if expected else "")),
+            ("GPU", f"{gpus(engine)} ({', '.join(map(str, engine.get('gpus') or []))})"),
+            ("VRAM", size(engine.get("gpu_bytes"))),
+            ("Log", engine.get("log")),
+            ("Socket", engine.get("socket")),
+            ("IPC name", engine.get("ipc_name")),
+            ("Launch", engine.get("launch_id")),
+        ]
+    ).splitlines()
+
+
+def phase_text(engine: Json) -> str:
+    """`loading weights (2/5)`; phase_index counts from 0."""
+    phase, count = engine.get("phase"), engine.get("phase_count") or 0
+    if not phase:
+        return ""
+    return f"{phase} ({min((engine.get('phase_index') or 0) + 1, count)}/{count})" if count else str(phase)
+
+
+def _pool(pool: Json | None) -> list[str]:
+    if not pool:
+        return []
+    reason = bare(pool.get("reason") or "")
+    return _rows(
+        [
+            ("Used", f"{size(pool.get('used_bytes'))}, and {size(pool.get('prealloc_bytes'))} preallocated"),
+            ("Limit", f"{size(pool.get('limit_bytes'))} ({pool.get('status')}{': ' + reason if reason else ''})"),
+            ("Floor", size(pool.get("floor_bytes"))),
+            ("Ceiling", size(pool.get("ceiling_bytes"))),
+            ("Page bundle", size(pool.get("bundle_bytes"))),
+        ]
+    ).splitlines()
+
+
+def _footprint(footprint: Json | None) -> list[str]:
+    if not footprint:
+        return []
+    parts: Json = footprint.get("parts") or {}
+    start = footprint.get("start_s")
+    rows: list[tuple[str, object]] = [(name, size(bytes_)) for name, bytes_ in parts.items()]
+    rows += [
+        ("total", f"{size(footprint.get('total_bytes'))} ({footprint.get('source')})"),
+        ("start takes", start and duration(start)),
+    ]
+    return _rows(rows).splitlines()
+
+
+def _spec(spec: Json) -> list[str]:
+    rows = [(key, _spec_value(key, value)) for key, value in spec.items() if value not in (None, [], {})]
+    if "idle_timeout" in spec and spec["idle_timeout"] is None:
+        rows.append(("idle_timeout", "never"))
+    return _rows(rows).splitlines()
+
+
+def _spec_value(key: str, value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={'***' if any(word in name.upper() for word in SECRET) else each}" for name, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return size(value) if key in SIZES else duration(value) if key in DURATIONS else str(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _events(events: Sequence[Json]) -> list[str]:
+    kinds = max((len(str(event.get("kind"))) for event in events), default=0)
+    return [f"{_clock(event.get('at') or 0)}  {str(event.get('kind')).ljust(kinds)}  {bare(event.get('reason') or '')}" for event in events]
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}ms"
+
+
+def _rows(rows: Sequence[tuple[str, object]]) -> str:
+    """`label  value` lines; a row without a value is left out, a value of several lines is indented under its first."""
+    wide = max([LABEL, *(len(label) + 2 for label, value in rows if value not in (None, ""))])
+    indent = "\n" + " " * wide
+    return "\n".join(f"{label.ljust(wide)}{str(value).replace(chr(10), indent)}" for label, value in rows if value not in (None, ""))

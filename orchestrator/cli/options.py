@@ -1,0 +1,149 @@
+"""Options that every verb takes, before or after it, and the kinds of values that options have.
+
+The daemon checks a spec and names every fault at once; here only what cannot be sent at all is refused (exit 2).
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from orchestrator.cli.target import Target, find, parse, places
+
+if TYPE_CHECKING:
+    from orchestrator.cli.client import Client
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+class Call:
+    """What the shared options say about this call."""
+
+    def __init__(self) -> None:
+        self.target: Target | None = None
+        self.admin_key: str | None = None
+        self.json = False
+
+    def client(self, timeout_s: float | None = None, answer_s: float | None = None) -> "Client":
+        """A client of the chosen daemon; `timeout_s` counts from now."""
+        import os
+
+        where = self.target or find(places(os.environ))
+        from orchestrator.cli import client  # http.client: 35 ms that --help and completion need not wait for
+
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return client.Client(where, self.admin_key, deadline, client.ANSWER_S if answer_s is None else answer_s)
+
+
+def shared(verb: Verb) -> Verb:
+    """--host, --admin-key and --json, as the group and each verb take them; what stands after the verb wins."""
+    return _shared(verb, host_env=None, key_env=None)
+
+
+def shared_by_group(verb: Verb) -> Verb:
+    """The same, and the environment variables: read once, so that they never win over an option before the verb."""
+    return _shared(verb, host_env="ORCH_HOST", key_env="ORCH_ADMIN_KEY")
+
+
+def _shared(verb: Verb, host_env: str | None, key_env: str | None) -> Verb:
+    host = click.option(
+        "--host", "-H", metavar="WHERE", envvar=host_env, expose_value=False, callback=_set_target,
+        help="The daemon: a socket's path, unix:///PATH or http://HOST:PORT. "
+        "[env: ORCH_HOST; default: the first admin.sock found]",
+    )  # fmt: skip
+    key = click.option(
+        "--admin-key", metavar="KEY", envvar=key_env, expose_value=False, callback=_set_key,
+        help="The admin key. Better in the environment: other users can read your command line. [env: ORCH_ADMIN_KEY]",
+    )  # fmt: skip
+    as_json = click.option(
+        "--json", is_flag=True, expose_value=False, callback=_set_json,
+        help="Print the API's JSON on stdout, errors as {\"error\": ...} too.",
+    )  # fmt: skip
+    return host(key(as_json(verb)))
+
+
+def _set_target(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    call = ctx.ensure_object(Call)
+    if value:
+        try:
+            call.target = parse(value)
+        except ValueError as fault:
+            raise click.BadParameter(str(fault)) from None
+
+
+def _set_key(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    call = ctx.ensure_object(Call)
+    if value and value.strip():
+        if not re.fullmatch(r"[!-~]+", value.strip()):  # the value itself stays out of the message: it is a secret
+            raise click.BadParameter("the key holds a space or a character that no key has: check what was copied")
+        call.admin_key = value.strip()
+
+
+def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    call = ctx.ensure_object(Call)
+    call.json = call.json or value
+
+
+def seconds(text: str) -> float:
+    """90, 90s, 10m, 1h30m, 2d."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    days, hours, minutes, rest = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0, 0.0)
+    total = days * 86400 + hours * 3600 + minutes * 60 + rest
+    if not 0 < total <= 366 * 86400:
+        raise click.BadParameter(f"{text!r} is not a duration up to 366 days: write it like 90s, 10m or 1h30m")
+    return total
+
+
+def weight(text: str) -> float:
+    """A number above 0. JSON has no word for nan and inf, which float() reads."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not (number > 0 and math.isfinite(number)):
+        raise click.BadParameter(f"{text!r} is not a number above 0: write it like 2 or 0.5")
+    return number
+
+
+def variable(text: str) -> tuple[str, str]:
+    """K=V; the value may hold more `=`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{text!r} is not K=V: write it like HF_HUB_OFFLINE=1")
+    return key, value
+
+
+def gpu(text: str) -> int | str:
+    """An index, a UUID, or `auto`."""
+    return int(text) if re.fullmatch(r"[0-9]{1,4}", text.strip()) else text.strip()
+
+
+def model_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Completion of NAME. Silent where no daemon answers: a shell must not hang or print at a TAB."""
+    from orchestrator.cli.exits import CliError, DeadlinePassed
+
+    call = ctx.find_object(Call) or Call()
+    try:
+        models = call.client(timeout_s=0.3).models()
+    except (CliError, DeadlinePassed):
+        return []
+    return [name for name in (str(model.get("name")) for model in models["models"]) if name.startswith(incomplete)]
+
+
+def name_argument(verb: Verb) -> Verb:
+    return click.argument("name", shell_complete=model_names)(verb)
+
+
+def timeout_option(verb: Verb) -> Verb:
+    return click.option(
+        "--timeout", type=seconds, metavar="S",
+        help="Stop waiting after S (90, 90s, 10m) with exit code 124; the daemon goes on. "
+        "[default: wait as long as it takes]",
+    )(verb)  # fmt: skip
+
+
+def no_wait_option(verb: Verb) -> Verb:
+    return click.option("--no-wait", is_flag=True, help="Return as soon as the daemon has taken the order.")(verb)

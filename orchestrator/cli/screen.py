@@ -1,0 +1,48 @@
+"""What goes to the terminal: data to stdout, all else to stderr, colour only to a terminal that wants it.
+
+NO_COLOR (https://no-color.org) and TERM=dumb switch colour off; nothing switches it on in a pipe: click
+strips it there, also from an engine's log lines.
+"""
+
+import json
+import os
+import sys
+
+import click
+
+
+def out(text: str, *, newline: bool = True) -> None:
+    click.echo(text, nl=newline, color=_colour())
+
+
+def err(text: str) -> None:
+    click.echo(text, err=True, color=_colour())
+
+
+def out_json(value: object) -> None:
+    # ASCII escapes: valid JSON under every locale of the reader.
+    click.echo(json.dumps(value, indent=2))
+
+
+def out_json_line(value: object) -> None:
+    click.echo(json.dumps(value))
+
+
+def live() -> bool:
+    """Whether stderr is a terminal that can redraw a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def width() -> int | None:
+    """Columns of the terminal that shows stdout; None for a pipe or a file, where nothing may be cut."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns) or None
+    except (OSError, ValueError):
+        return None
+
+
+def _colour() -> bool | None:
+    off = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return False if off else None  # None: click looks whether the stream is a terminal
