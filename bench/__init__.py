@@ -1,0 +1,8 @@
+"""Workloads against a running daemon, what they measured, and pictures of it. `python -m bench NAME` runs one.
+
+box.py        a daemon of its own in a temporary folder, driven with orchestratorctl, looked at through its admin API
+workloads.py  what users do: bursts through /v1 with the official openai client
+results.py    bench/results/NAME.json: figures, with the command, the machine and the versions they came from
+plots.py      the same as a picture
+demo.py, gpu_first_run.py   one file = one name of `python -m bench`
+"""

@@ -1,0 +1,23 @@
+"""`python -m bench NAME [options]`: run one, print its table, write its results."""
+
+import importlib
+import sys
+
+NAMES = {
+    "demo": ("bench.demo", "two models on a simulated GPU: bursts, and how the budgets move (make demo)"),
+    "gpu-first-run": ("bench.gpu_first_run", "two real vLLM engines on one GPU: NVML before, idle, in a burst, after, and gone"),
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print("usage: python -m bench NAME [--help]\n")
+        for name, (_, about) in NAMES.items():
+            print(f"  {name:15} {about}")
+        return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
+    module = importlib.import_module(NAMES[sys.argv[1]][0])
+    return int(module.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

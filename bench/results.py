@@ -1,0 +1,59 @@
+"""bench/results/NAME.json: what was measured, where, when, with which command. Only what a run produced is written."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(gpus: str) -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cores": os.cpu_count(), "memory_gib": round(memory / 2**30), "kernel": platform.release(), "gpus": gpus}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(
+    name: str,
+    command: str,
+    figures: Mapping[str, float],
+    notes: Mapping[str, Any],
+    gpus: str,
+    packages: tuple[str, ...] = (),
+    folder: Path = RESULTS,
+) -> Path:
+    """Returns the file. `figures`: numbers only; `notes`: whatever explains them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    content = {
+        "name": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "machine": machine(gpus),
+        "versions": versions("aiohttp", "uvicorn", "fastapi", "openai", *packages),
+        "figures": dict(figures),
+        "notes": dict(notes),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    return done.stdout.strip() or None
