@@ -218,27 +218,39 @@ def test_an_idle_engine_applies_a_lower_limit_only_in_its_next_allocation(engine
     _restore(engine)
 
 
-def test_a_limit_by_rpc_applies_at_once(engine: Engine) -> None:
+def test_a_limit_by_rpc_is_in_force_without_an_allocation(engine: Engine) -> None:
     _reserve(engine)
-    kvcached.write_limit(engine.launch.ipc_name, BUNDLE)
-    answer = engine.rpc("kv_limit", BUNDLE, time.time_ns())
+    answer = _limit(engine, BUNDLE)
     assert answer["status"] == "applied"
     assert answer["effective_limit_bytes"] == BUNDLE
     assert engine.segment().mapped_bytes == BUNDLE
     _restore(engine)
 
 
-def test_a_limit_holds_once_it_is_settled(engine: Engine) -> None:
-    """Before that, an allocation puts the old limit back: kvcached's watcher looks every 0.1 s."""
+def test_a_limit_by_rpc_is_not_applied_before_the_watcher_saw_the_segment(engine: Engine) -> None:
+    """kvcached's watcher looks every 0.1 s. An allocation before that would put the old limit back."""
     _limit(engine, 8 * BUNDLE)
     kvcached.write_limit(engine.launch.ipc_name, 4 * BUNDLE)
     if engine.rpc("kv_limit", 4 * BUNDLE, time.time_ns())["settled"]:
         pytest.skip("the watcher happened to look in between")
-    engine.complete("x")
-    engine.until(lambda: bool(engine.rpc("kv_limit", 4 * BUNDLE, time.time_ns())["settled"]), "the watcher saw it")
-    engine.complete("x")
+    _limit(engine, 4 * BUNDLE)
     assert engine.rpc("kv_status")["limit_bytes"] == 4 * BUNDLE
     _restore(engine)
+
+
+def test_raising_a_starved_engines_limit_again_and_again_does_it_no_harm(launcher: Callable[..., Engine]) -> None:
+    """With prefix caching on. EngineCore once died of this: a raise was applied before the watcher had seen the segment."""
+    engine = launcher()
+    for turn in range(6):
+        engine.call("POST", "/reset_prefix_cache")
+        _limit(engine, 2 * BUNDLE)
+        answers: list[Any] = []
+        asking = threading.Thread(target=_ask_into, args=(engine, answers, f"{turn} {LONG_PROMPT}"[: len(LONG_PROMPT)]))
+        asking.start()
+        engine.until(lambda: engine.rpc("kv_status")["requests_waiting"] > 0, "the request waits")
+        _limit(engine, CEILING)
+        asking.join(30)
+        assert answers, engine.log()[-3000:]
 
 
 def test_a_limit_above_the_start_up_total_is_clamped_by_rpc(engine: Engine) -> None:
@@ -250,7 +262,7 @@ def test_a_limit_above_the_start_up_total_is_clamped_by_rpc(engine: Engine) -> N
 def test_a_starved_engine_stays_stuck_when_the_segment_alone_is_raised_and_the_rpc_cures_it(engine: Engine) -> None:
     assert _limit(engine, 2 * BUNDLE)["status"] == "applied"
     answers: list[Any] = []
-    asking = threading.Thread(target=lambda: answers.append(engine.complete(LONG_PROMPT, tokens=2, timeout=60)))
+    asking = threading.Thread(target=_ask_into, args=(engine, answers, LONG_PROMPT))
     asking.start()
     engine.until(lambda: engine.rpc("kv_status")["requests_waiting"] > 0, "the request waits")
     kvcached.write_limit(engine.launch.ipc_name, CEILING)
@@ -316,6 +328,10 @@ def _happens(condition: Callable[[], bool], within_s: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def _ask_into(engine: Engine, answers: list[Any], prompt: str) -> None:
+    answers.append(engine.complete(prompt, tokens=2, timeout=60))
 
 
 def _reserve(engine: Engine) -> None:

@@ -35,8 +35,7 @@ class MemoryLimit:
             self._pool.resize(pages)
             self._limit_bytes, self._revision = limit_bytes, revision
             self._effective_bytes = pages * self._pool.bundle_bytes
-        answer = self._answer(limit_bytes, revision, "deferred" if self._pool.in_shrink else "applied")
-        return answer | {"settled": self._pool.watched_bytes == answer["effective_limit_bytes"]}
+        return self._answer(limit_bytes, revision, "deferred" if self._pool.in_shrink else "applied")
 
     def _answer(self, limit_bytes: int, revision: int, status: str) -> dict[str, Any]:
         mapped, effective = self._pool.mapped_bytes, self._effective_bytes or 0

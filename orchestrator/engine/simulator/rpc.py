@@ -86,7 +86,10 @@ class CoreCalls:
     def _kv_limit(self, limit_bytes: str | int, revision: str | int) -> dict[str, Any]:
         if self._limit is None:
             return no_pool(int(limit_bytes), int(revision))
-        return self._limit.set(int(limit_bytes), int(revision))
+        pool, wanted = self._loaded.pool, int(limit_bytes)
+        if pool.watched_bytes != min(wanted // pool.bundle_bytes, pool.capacity_pages) * pool.bundle_bytes:
+            return {"status": "unsettled", "settled": False, "limit_bytes": wanted, "mapped_bytes": pool.mapped_bytes}
+        return self._limit.set(wanted, int(revision)) | {"settled": True}
 
     def _kv_trim(self) -> dict[str, Any]:
         if self._limit is not None:
@@ -102,6 +105,7 @@ class CoreCalls:
         pool = self._loaded.pool
         return {
             "mapped_bytes": pool.mapped_bytes,
+            "used_bytes": pool.in_use * pool.bundle_bytes,
             "capacity_bytes": pool.capacity_pages * pool.bundle_bytes,
             "limit_bytes": pool.limit_bytes,
             "bundle_bytes": pool.bundle_bytes,

@@ -20,13 +20,18 @@ def method(call: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]
 def kv_limit(core: Any, ask_workers: Callable[..., list[Any]], limit_bytes: str, revision: str) -> dict[str, Any]:
     """Apply a limit now (bytes per GPU), also while idle or starved: an engine reads its segment only inside an allocation.
 
-    `settled` says whether kvcached's watcher (100 ms) has seen the same value in the segment. Until it has, the next allocation
-    puts the old limit back, and a starved engine would be stuck again: the caller asks once more.
+    Nothing is done, and `settled` is False, until kvcached's watcher (100 ms) has seen the same value in the segment: the first
+    allocation after a raise would put the old limit back in the middle of its work, and EngineCore was seen to die of that
+    (vLLM 0.24.0, kvcached 0.1.6). The caller asks once more.
     """
     from kvcached.control import set_instance_memory_limit
 
-    answer: dict[str, Any] = set_instance_memory_limit(int(limit_bytes), revision=int(revision))
-    answer["settled"] = _watched(_managers()) == answer["effective_limit_bytes"]
+    managers, wanted = _managers(), int(limit_bytes)
+    bundle, capacity = sum(map(_bundle, managers)), sum(map(_capacity, managers))
+    if managers and _watched(managers) != min(wanted, capacity) // bundle * bundle:
+        return {"status": "unsettled", "settled": False, "limit_bytes": wanted, "mapped_bytes": sum(map(_mapped, managers))}
+    answer: dict[str, Any] = set_instance_memory_limit(wanted, revision=int(revision))
+    answer["settled"] = True
     return answer
 
 
@@ -50,7 +55,8 @@ def kv_status(core: Any, ask_workers: Callable[..., list[Any]]) -> dict[str, Any
     scheduler = core.scheduler
     return {
         "mapped_bytes": sum(_mapped(manager) for manager in managers),
-        "capacity_bytes": sum(int(m.mem_size) * int(m.num_layers) * int(m.num_kv_buffers) for m in managers),
+        "used_bytes": sum(int(m.page_allocator.get_page_state()["inuse_pages"]) * _bundle(m) for m in managers),
+        "capacity_bytes": sum(map(_capacity, managers)),
         "limit_bytes": sum(int(m.memory_limit_state()["current_capacity_bytes"]) for m in managers),
         "bundle_bytes": sum(_bundle(manager) for manager in managers),
         "requests_running": len(scheduler.running),
@@ -89,6 +95,10 @@ def _managers() -> list[Any]:
     from kvcached.pool_registry import get_registered_kv_cache_pools
 
     return [manager for manager, _ in get_registered_kv_cache_pools()]
+
+
+def _capacity(manager: Any) -> int:
+    return int(manager.mem_size) * int(manager.num_layers) * int(manager.num_kv_buffers)
 
 
 def _watched(managers: list[Any]) -> int:
