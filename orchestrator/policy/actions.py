@@ -32,6 +32,24 @@ class SetLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class Trim:
+    """An idle engine gives back what it can do without: its prefix cache, reserved pages, what PyTorch keeps."""
+
+    launch_id: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """Make a living engine's segment anew: somebody removed it or changed its size."""
+
+    launch_id: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Learn:
     """Keep the footprint that a first start showed. Bytes per GPU, besides KV."""
 
@@ -42,4 +60,4 @@ class Learn:
     start_s: float
 
 
-Action = Start | Stop | SetLimit | Learn
+Action = Start | Stop | SetLimit | Trim | Repair | Learn

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.policy import budgets
-from orchestrator.policy.actions import Action, SetLimit, Start
-from orchestrator.policy.footprint import floor_bytes
+from orchestrator.policy.actions import Action, Repair, SetLimit, Start, Trim
+from orchestrator.policy.footprint import Footprint, floor_bytes, live_bytes
 from orchestrator.policy.instance import Instance, Launch, State
 from orchestrator.policy.lifecycle import Known, Rules, step
 from orchestrator.policy.model import slug
@@ -17,6 +17,7 @@ from orchestrator.policy.placement import Placed, allowed, place
 from orchestrator.policy.snapshot import GpuReading, Snapshot, TrafficSeen
 from orchestrator.policy.units import GIB, show_bytes
 
+PRESSED_TRIM_S = 0.5  # on a GPU where somebody lacks memory, an idle engine gives back at once
 KV_HEADROOM = 0.02  # kvcached stops mapping when less of the card is free (we set KVCACHED_GPU_UTILIZATION=0.98)
 
 
@@ -37,14 +38,23 @@ class GpuBudget:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """A pool's bounds and its limit's status: applied, draining (above it) or unverified, with the reason."""
+    """A pool's bounds and its limit's status: applied, draining (above it) or unverified, with the reason.
+
+    `sure_bytes`: what the engine surely lets requests use now. `target_bytes`: where the limit is going.
+    """
 
     floor_bytes: int
     ceiling_bytes: int
     bundle_bytes: int
     limit_bytes: int
+    sure_bytes: int
+    target_bytes: int
+    demand_bytes: int
+    charge_bytes: int
+    weight: float
     status: str
     reason: str
+    short: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class Plan:
     pool_memory: Mapping[str, budgets.PoolMemory]
     gpus: Mapping[str, GpuBudget]
     pools: Mapping[str, PoolView]  # by launch id
+    claims: Mapping[tuple[str, str], int]  # (launch id, GPU) -> bytes promised and not taken yet
 
 
 def reserve_bytes(gpu: GpuReading, rules: Rules) -> int:
@@ -92,12 +103,20 @@ def decide(
     }
     planned = budgets.plan(pools, amounts, pool_memory, snapshot.now)
     actions.extend(SetLimit(w.launch_id, w.model, w.limit_bytes, w.was_bytes, w.reason) for w in planned.writes)
+    memory = _trim(pools, planned, known, after, snapshot, actions)
+    _repair(after, snapshot, actions)
     return Plan(
         actions=tuple(actions),
         instances=after,
-        pool_memory=planned.memory,
+        pool_memory=memory,
         gpus={uuid: _budget(gpu, after, pools, planned, claims[uuid], snapshot, rules) for uuid, gpu in snapshot.gpus.items()},
         pools={p.launch_id: _view(p, planned, snapshot) for p in pools},
+        claims={
+            (i.launch.id, gpu): _claim(i, i.launch, gpu, snapshot)
+            for i in after.values()
+            if i.launch is not None and (i.state is State.STARTING or i.reserved)
+            for gpu in i.launch.gpus
+        },
     )
 
 
@@ -110,9 +129,9 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
         if launch is None or seen is None or seen.segment is None or instance.state in (State.STOPPING, State.WAITING):
             continue
         model = known.get(instance.model)
-        footprint_bundle = model.footprint.bundle_bytes if model else 0
-        bundle = seen.bundle_bytes or footprint_bundle or seen.segment.used_bytes
-        capacity = seen.capacity_bytes or launch.ceiling_bytes
+        footprint = model.footprint if model else Footprint("unknown")
+        bundle = seen.bundle_bytes or footprint.bundle_bytes or seen.segment.used_bytes
+        capacity = min(seen.capacity_bytes or launch.ceiling_bytes, launch.ceiling_bytes)
         if bundle <= 0 or capacity < bundle:
             continue
         spec = model.spec if model else launch.spec
@@ -124,14 +143,17 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
                 model=instance.model,
                 gpus=launch.gpus,
                 bundle_bytes=bundle,
-                floor_bytes=launch.floor_bytes,
-                ceiling_bytes=min(capacity, launch.ceiling_bytes),  # above the start-up total the engine corrupts its KV or dies
+                floor_bytes=floor_bytes(spec, footprint) if model else launch.floor_bytes,
+                # above the start-up total (`capacity`) an engine corrupts its KV or dies
+                ceiling_bytes=capacity if spec.kv_ceiling is None else min(capacity, spec.kv_ceiling),
                 weight=spec.kv_weight * 2.0**spec.priority,
                 limit_bytes=seen.segment.limit_bytes,
                 used_bytes=seen.segment.used_bytes,
                 prealloc_bytes=seen.segment.prealloc_bytes,
-                busy=traffic.in_flight > 0,
-                idle_s=0.0 if traffic.in_flight else max(0.0, idle_s),
+                busy=traffic.in_flight + traffic.waiting > 0,
+                idle_s=0.0 if traffic.in_flight + traffic.waiting else max(0.0, idle_s),
+                live_bytes=live_bytes(footprint, traffic.largest_tokens),
+                queued_bytes=traffic.waiting_tokens * footprint.kv_token_bytes,
             )
         )
     return pools
@@ -216,7 +238,7 @@ def _launch(
     model: Known, gpus: tuple[str, ...], claim: int, floor: int, readings: Mapping[str, GpuReading], rules: Rules, fresh_id: str
 ) -> Launch:
     room = min(readings[uuid].total_bytes - reserve_bytes(readings[uuid], rules) for uuid in gpus)
-    ceiling = model.spec.kv_ceiling or max(floor, room - model.footprint.ready_bytes)
+    ceiling = max(floor, room - model.footprint.ready_bytes)  # all that the card could give: kv_ceiling may change while it runs
     if bundle := model.footprint.bundle_bytes:
         ceiling = max(bundle, ceiling // bundle * bundle)
     return Launch(
@@ -242,7 +264,7 @@ def _budget(
 ) -> GpuBudget:
     here = [p for p in pools if gpu.uuid in p.gpus]
     mapped = sum(p.mapped_bytes for p in here)
-    ours = sum(snapshot.held_bytes(i.launch.id, gpu.uuid) for i in instances.values() if i.launch)
+    ours = sum(snapshot.held_bytes(i.launch.id, gpu.uuid) for i in instances.values() if i.launch and gpu.uuid in i.launch.gpus)
     fixed = max(0, ours - mapped)
     reserve = reserve_bytes(gpu, rules)
     return GpuBudget(
@@ -258,15 +280,59 @@ def _budget(
     )
 
 
+def _trim(
+    pools: list[budgets.Pool],
+    planned: budgets.BudgetPlan,
+    known: Mapping[str, Known],
+    instances: Mapping[str, Instance],
+    snapshot: Snapshot,
+    actions: list[Action],
+) -> dict[str, budgets.PoolMemory]:
+    """Once in each idle period an engine gives back what it can do without; sooner where somebody lacks memory."""
+    memory = dict(planned.memory)
+    for pool in pools:
+        model, before = known.get(pool.model), memory.get(pool.launch_id)
+        if model is None or before is None or pool.busy or instances[pool.model].state is not State.READY:
+            continue
+        pressed = any(gpu in planned.pressed for gpu in pool.gpus)
+        after_s = PRESSED_TRIM_S if pressed else model.spec.idle_trim
+        if after_s is not None and pool.idle_s >= after_s and before.trimmed_at < snapshot.now - pool.idle_s:
+            reason = "idle, and others need memory" if pressed else f"idle for {pool.idle_s:.0f}s"
+            actions.append(Trim(pool.launch_id, pool.model, reason))
+            memory[pool.launch_id] = replace(before, trimmed_at=snapshot.now)
+    return memory
+
+
+def _repair(instances: Mapping[str, Instance], snapshot: Snapshot, actions: list[Action]) -> None:
+    for instance in instances.values():
+        seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
+        if instance.state is State.READY and seen is not None and seen.ready and seen.segment is None:
+            actions.append(Repair(seen.launch_id, instance.model, "its segment is gone, or is none any more"))
+
+
 def _view(pool: budgets.Pool, planned: budgets.BudgetPlan, snapshot: Snapshot) -> PoolView:
     limit = planned.limits.get(pool.launch_id)
     size = limit.limit_bytes if limit else pool.limit_bytes
     reason = limit.reason if limit else "its GPU cannot be read: left as it is"
+    acked = snapshot.engines[pool.launch_id].acked_limit_bytes
     if pool.mapped_bytes > size:
         status = "draining"
         reason += f"; {show_bytes(pool.mapped_bytes - size)} above it leave as requests finish"
-    elif snapshot.engines[pool.launch_id].acked_limit_bytes == size == pool.limit_bytes:
+    elif acked == size == pool.limit_bytes:
         status = "applied"
     else:
         status = "unverified"
-    return PoolView(pool.least, pool.most, pool.bundle_bytes, size, status, reason)
+    return PoolView(
+        floor_bytes=pool.least,
+        ceiling_bytes=pool.most,
+        bundle_bytes=pool.bundle_bytes,
+        limit_bytes=size,
+        sure_bytes=size if acked is None else min(size, acked),
+        target_bytes=limit.target_bytes if limit else size,
+        demand_bytes=planned.demands.get(pool.launch_id, pool.used_bytes),
+        charge_bytes=planned.charges.get(pool.launch_id, pool.mapped_bytes),
+        weight=pool.weight,
+        status=status,
+        reason=reason,
+        short=pool.launch_id in planned.short,
+    )

@@ -18,7 +18,8 @@ NCCL_BYTES = 1 * GIB  # a rank of a tensor-parallel engine, communication buffer
 PROFILE_BYTES = int(2.2 * GIB)
 GRAPH_BYTES = int(1.5 * GIB)
 FALLBACK_FLOOR_BYTES = 1 * GIB  # where the shape is unknown
-FLOOR_MARGIN_BUNDLES = 2
+FLOOR_TOKENS = 8192  # of the default floor; a larger request raises its model's floor while it is there
+FLOOR_MARGIN_BUNDLES = 2  # kvcached pins one bundle for its null block, and retires pages late
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +94,30 @@ def estimate(spec: ModelSpec, shape: Shape | None) -> Footprint:
 
 
 def floor_bytes(spec: ModelSpec, footprint: Footprint) -> int:
-    """The KV memory per GPU that one full-length request needs, in whole bundles, and two more: kvcached pins one for its
-    null block, and retires pages late. An engine under this floor can stall for ever, with its health check still green."""
+    """The KV memory per GPU that one request of usual length needs. An engine under what its request needs can stall for ever,
+    with its health check still green."""
     bundle = footprint.bundle_bytes
     if spec.kv_floor is not None:
         return max(spec.kv_floor, FLOOR_MARGIN_BUNDLES * bundle)
     if not bundle or not footprint.max_model_len:
         return FALLBACK_FLOOR_BYTES
-    return request_bytes(footprint, footprint.max_model_len) + FLOOR_MARGIN_BUNDLES * bundle
+    return live_bytes(footprint, FLOOR_TOKENS)
+
+
+def live_bytes(footprint: Footprint, tokens: int) -> int:
+    """What the limit must be for one request of so many tokens to run to its end. 0 where the shape is not known."""
+    if not footprint.bundle_bytes or not footprint.kv_token_bytes or tokens <= 0:
+        return 0
+    longest = footprint.max_model_len or tokens
+    return request_bytes(footprint, min(tokens, longest)) + FLOOR_MARGIN_BUNDLES * footprint.bundle_bytes
+
+
+def fitting_tokens(footprint: Footprint, limit_bytes: int) -> int | None:
+    """The inverse: the longest request that a limit lets run to its end. None: all of them."""
+    if not footprint.max_model_len or limit_bytes >= live_bytes(footprint, footprint.max_model_len):
+        return None
+    room = limit_bytes - FLOOR_MARGIN_BUNDLES * footprint.bundle_bytes
+    return max(0, room // footprint.kv_token_bytes - BLOCK_TOKENS)
 
 
 def request_bytes(footprint: Footprint, tokens: int) -> int:

@@ -40,7 +40,8 @@ HAS_ENGINE = frozenset({S.STARTING, S.READY, S.ASLEEP, S.WAKING, S.DRAINING, S.S
 class Launch:
     """One start of one engine. Its id is never used again, so what an old launch left behind can not be taken for a new one's.
 
-    Bytes are per GPU: `claim_bytes` what it may take besides KV while it starts, `floor_bytes` and `ceiling_bytes` bound its limit.
+    Bytes are per GPU: `claim_bytes` what it may take besides KV while it starts, `floor_bytes` the KV it is promised meanwhile,
+    `ceiling_bytes` the segment's start-up total, above which no limit may ever be.
     """
 
     id: str

@@ -4,7 +4,8 @@ A start that crashed, an engine that died, one found running after the daemon re
 The one move that is not made here is WAITING -> STARTING, because memory is a matter between models (decide.py).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from orchestrator.policy.actions import Action, Learn, Stop
 from orchestrator.policy.footprint import Footprint
@@ -19,13 +20,17 @@ RETURN_TIMEOUT_S = 60.0  # NVML shows a killed 7B engine's memory for 4 s (H200)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One registered model: its spec, and what operators did to it. `started_at`: the loop's clock at the last `start`."""
+    """One registered model: its spec, and what operators did to it. `started_at`: the loop's clock at the last `start`.
+
+    `overrides`: what `orchestratorctl limit` changed; the spec has them already.
+    """
 
     spec: ModelSpec
     footprint: Footprint
     owner: str = "file"
     held: bool = False
     started_at: float = NEVER
+    overrides: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ def _ready(
         return _fail(instance, seen, now, "the engine died", was_ready=True)
     if not want:
         return instance.to(State.DRAINING, now, why), []
-    if known and known.spec.launch_key() != instance.launch.spec.launch_key():
+    if known and not known.spec.served_by(instance.launch.spec):
         return instance.to(State.DRAINING, now, "its spec changed"), []
     if instance.failures and now - instance.since > STABLE_S:
         return replace(instance, failures=0, failure=None), []
@@ -144,7 +149,7 @@ def _draining(
     assert instance.launch is not None
     if seen is None or not seen.alive or seen.error:
         return _fail(instance, seen, now, "the engine died", was_ready=True)
-    same = known is not None and known.spec.launch_key() == instance.launch.spec.launch_key()
+    same = known is not None and known.spec.served_by(instance.launch.spec)
     if want and same:
         return instance.to(State.READY, now, f"wanted again: {why}"), []
     if traffic.in_flight == 0 or now - instance.since > rules.drain_timeout_s:

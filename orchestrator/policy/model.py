@@ -85,7 +85,7 @@ class ModelSpec(BaseModel):
     env: dict[str, str] = Field(default_factory=dict, description="More environment variables of the engine.")
     engine: str = Field(default="default", description="Which of the configured engines (venvs) runs it.")
     kv_floor: Size | None = Field(
-        default=None, description="KV memory per GPU it is always promised while it runs. Default: one full-length request."
+        default=None, description="KV memory per GPU it is always promised while it runs. Default: one request of 8,192 tokens."
     )
     kv_ceiling: Size | None = Field(
         default=None, description="KV memory per GPU it may never exceed. Default: the card, less its weights and the reserve."
@@ -96,6 +96,12 @@ class ModelSpec(BaseModel):
     preload: bool = Field(default=False, description="Started with the daemon, before the first request.")
     idle_timeout: Duration | None = Field(default=1800.0, description="Stopped after this long without a request; null: never.")
     start_timeout: Duration = Field(default=600.0, description="A start that takes longer has failed.")
+    idle_trim: Duration | None = Field(
+        default=10.0, description="After this long without a request it gives back reserved pages and its prefix cache; null: never."
+    )
+    prefix_cache_tokens: int = Field(
+        default=16_000, ge=0, le=10**9, description="Prefix cache that is kept between requests, in tokens; 0: none."
+    )
     max_concurrency: int = Field(default=256, ge=1, le=100_000, description="Requests sent to the engine at once; more wait.")
     max_queue: int = Field(default=512, ge=0, le=1_000_000, description="Requests that may wait; more are refused with 429.")
 
@@ -159,9 +165,14 @@ class ModelSpec(BaseModel):
     def launch_key(self) -> str:
         """A digest of all that an engine is started with. A change elsewhere (weight, priority, timeouts) needs no restart."""
         parts = self.model_dump(
-            include={"name", "aliases", "source", "gpus", "tensor_parallel_size", "args", "env", "engine", "kv_ceiling"}, mode="json"
+            include={"name", "aliases", "source", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens"},
+            mode="json",
         )
         return _digest(parts)
+
+    def served_by(self, launched: "ModelSpec") -> bool:
+        """Whether an engine that was started for `launched` serves this spec. Asked in each look; mostly they are one object."""
+        return self is launched or self.launch_key() == launched.launch_key()
 
     def footprint_key(self) -> str:
         """A digest of all that decides how much memory and time an engine needs: shared by two models of the same source."""

@@ -65,11 +65,16 @@ class EngineSeen:
 
 @dataclass(frozen=True, slots=True)
 class TrafficSeen:
-    """What users do with one model. `last_used` is the loop's clock; None: not since the daemon started."""
+    """What users do with one model. `last_used` is the loop's clock; None: not since the daemon started.
+
+    Tokens are bounds for prompt and answer together: of the largest request that runs or waits, and of all that wait.
+    """
 
     in_flight: int = 0
     waiting: int = 0
     last_used: float | None = None
+    largest_tokens: int = 0
+    waiting_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

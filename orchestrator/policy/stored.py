@@ -20,4 +20,5 @@ class Event:
 class Stored:
     models: tuple[ModelSpec, ...] = ()
     held: frozenset[str] = frozenset()
+    overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     footprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -241,7 +241,8 @@ def test_those_below_their_floor_are_served_first_then_the_hungriest() -> None:
 
 
 def test_a_gpu_with_no_pools_and_pools_with_no_gpu_are_nothing() -> None:
-    assert plan([], {"g": 100}, {}, 0.0) == BudgetPlan({}, (), {}, ())
+    nobody = plan([], {"g": 100}, {}, 0.0)
+    assert (nobody.limits, nobody.writes, nobody.memory, nobody.short) == ({}, (), {}, ())
     lonely = plan([pool()], {}, {}, 0.0)
     assert (lonely.limits, lonely.writes, lonely.short) == ({}, (), ())
 

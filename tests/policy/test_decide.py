@@ -98,13 +98,21 @@ def test_what_a_launch_is_given() -> None:
     assert (launch.claim_bytes, launch.floor_bytes, launch.ceiling_bytes) == (20 * GIB, 2 * GIB, (140 - 4 - 18) * GIB)
 
 
-@pytest.mark.parametrize(("ceiling", "bundles"), [("10GiB", 80), (10 * GIB - 1, 79), (1, 1)])
-def test_a_ceiling_of_the_operator_is_kept_in_whole_bundles(ceiling: Any, bundles: int) -> None:
-    model = known("a", 20, 0, kv_ceiling=ceiling)
-    launch = Box({"a": model}, [card(0, 139)], {"a": ASKED}).look().instances["a"].launch
+@pytest.mark.parametrize(("ceiling", "bundles"), [("10GiB", 80), (10 * GIB - 1, 79), (1, 1), (None, 800)])
+def test_a_ceiling_of_the_operator_holds_at_once_and_in_whole_bundles(ceiling: Any, bundles: int) -> None:
+    """It is read from the present spec at every look: an engine need not start again for it."""
+    box = Box({"a": known("a")}, [card(0, 100)])
+    box.runs("a", mapped=0, limit=2)
+    box.models["a"] = known("a", 20, 0, kv_ceiling=ceiling)
+    view = box.look().pools["a"]
+    assert view.ceiling_bytes == bundles * BUNDLE
+    assert view.floor_bytes == min(2, bundles) * BUNDLE
+
+
+def test_a_launch_may_address_all_that_the_card_could_give() -> None:
+    launch = Box({"a": known("a", 20, 0, kv_ceiling="10GiB")}, [card(0, 139)], {"a": ASKED}).look().instances["a"].launch
     assert launch is not None
-    assert launch.ceiling_bytes == bundles * BUNDLE
-    assert launch.floor_bytes == min(2, bundles) * BUNDLE
+    assert launch.ceiling_bytes == (140 - 4 - 18) * GIB
 
 
 def test_an_ipc_name_is_short_and_its_own() -> None:

@@ -16,7 +16,9 @@ from orchestrator.policy.footprint import (
     Footprint,
     Shape,
     estimate,
+    fitting_tokens,
     floor_bytes,
+    live_bytes,
     parse_tokens,
     request_bytes,
 )
@@ -34,20 +36,23 @@ def spec(*args: str, **fields: Any) -> ModelSpec:
 
 
 @pytest.mark.parametrize(
-    ("shape", "bundle_mib", "token_bytes", "floor_bundles", "floor_4k_bundles"),
+    ("shape", "bundle_mib", "token_bytes", "full_bundles", "floor_bundles", "floor_4k_bundles"),
     [
         # 32768 tokens and a block of 16 more: 384.2 of 96 MiB -> 5; 896.4 of 112 -> 9; 1792.9 of 112 -> 17; and two spare.
-        # 4000 tokens: 1, 1 and 2 bundles, and two spare.
-        (QWEN_05B, 96, 12_288, 7, 3),
-        (QWEN_15B, 112, 28_672, 11, 3),
-        (QWEN_7B, 112, 57_344, 19, 4),
+        # The default floor's 8192 tokens: 2, 3 and 5 bundles, and two spare; 4000 tokens: 1, 1 and 2.
+        (QWEN_05B, 96, 12_288, 7, 4, 3),
+        (QWEN_15B, 112, 28_672, 11, 5, 3),
+        (QWEN_7B, 112, 57_344, 19, 7, 4),
     ],
 )
-def test_known_shapes(shape: Shape, bundle_mib: int, token_bytes: int, floor_bundles: int, floor_4k_bundles: int) -> None:
+def test_known_shapes(
+    shape: Shape, bundle_mib: int, token_bytes: int, full_bundles: int, floor_bundles: int, floor_4k_bundles: int
+) -> None:
     footprint = estimate(spec(), shape)
     assert footprint.bundle_bytes == bundle_mib * MIB
     assert footprint.kv_token_bytes == token_bytes
     assert footprint.max_model_len == 32768
+    assert live_bytes(footprint, 32768) == full_bundles * bundle_mib * MIB
     assert floor_bytes(spec(), footprint) == floor_bundles * bundle_mib * MIB
     short = spec("--max-model-len", "4000")
     assert floor_bytes(short, estimate(short, shape)) == floor_4k_bundles * bundle_mib * MIB
@@ -167,3 +172,23 @@ def test_a_request_gets_whole_bundles_that_hold_it(tokens: int, shape: Shape, si
     assert needed < (tokens + 32) * footprint.kv_token_bytes + footprint.bundle_bytes
     assert request_bytes(footprint, tokens + 1) >= needed
     assert math.isclose(request_bytes(footprint, tokens), needed)
+
+
+def test_what_a_request_needs_is_not_known_without_a_shape_and_no_longer_than_the_model() -> None:
+    assert live_bytes(estimate(spec(), None), 8192) == 0
+    footprint = estimate(spec(), QWEN_05B)
+    assert live_bytes(footprint, 0) == 0
+    assert live_bytes(footprint, 10**9) == live_bytes(footprint, 32768)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.integers(0, 30), st.sampled_from((QWEN_05B, QWEN_15B, QWEN_7B)))
+def test_the_longest_request_that_fits_fits(bundles: int, shape: Shape) -> None:
+    footprint = estimate(spec(), shape)
+    limit = bundles * footprint.bundle_bytes
+    tokens = fitting_tokens(footprint, limit)
+    if tokens is None:
+        assert live_bytes(footprint, footprint.max_model_len) <= limit
+    else:
+        assert tokens < footprint.max_model_len
+        assert tokens == 0 or live_bytes(footprint, tokens) <= limit

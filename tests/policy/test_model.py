@@ -183,10 +183,12 @@ CHANGES: dict[str, Any] = {
     "preload": True,
     "idle_timeout": 60,
     "start_timeout": 60,
+    "idle_trim": 60,
+    "prefix_cache_tokens": 1,
     "max_concurrency": 1,
     "max_queue": 1,
 }
-RESTARTS = {"name", "source", "aliases", "gpus", "tensor_parallel_size", "args", "env", "engine", "kv_ceiling"}
+RESTARTS = {"name", "source", "aliases", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens"}
 WEIGHS = {"source", "tensor_parallel_size", "args", "env", "engine"}
 
 
