@@ -32,7 +32,7 @@ from orchestrator.control.ports import Gpus
 from orchestrator.control.reconciler import Reconciler, View
 from orchestrator.control.registry import Registry
 from orchestrator.control.traffic import Traffic
-from orchestrator.drivers import systemd, vllm
+from orchestrator.drivers import processes, systemd, vllm
 from orchestrator.drivers.launcher import Launcher
 from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.simgpu import SimGpus
@@ -78,7 +78,7 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     rules = Rules(config.memory.reserve, config.requests.drain_timeout)
     registry = Registry(store, Sources(dict(os.environ)), config.models.values(), config.engines, rules)
     await registry.load()
-    launcher = Launcher(_venvs(config, gpu_source), config.runtime_dir, config.logs_dir, store, wake.set)
+    launcher = Launcher(_venvs(config, gpu_source), config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
     traffic = Traffic(wake.set, config.requests.max_wait)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     proxy = Proxy(traffic, registry.resolve, launcher.socket, config.requests.max_body)
@@ -95,7 +95,7 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
         phases=vllm.PHASES,
         started_at=started_at,
     )
-    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events).router()
+    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, processes.who).router()
     boot = time.time()
     key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
     users = users_app([models_router(registry, loop, lambda: boot)], list(forwarded_routes(proxy)), admin, key)
@@ -103,6 +103,8 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
 
     for name in registry.overruled:
         log.warning("%s: a config file defines this name now; the one added by API is not used", name)
+    for name in registry.dropped:
+        log.warning("%s: what `orchestratorctl limit` changed no longer goes with its spec and is not used", name)
     for problem in registry.source_problems():
         log.warning("%s", problem)
     stop = asyncio.Event()

@@ -58,6 +58,9 @@ class Gpus(Section):
 
 class Memory(Section):
     reserve: Size | None = Field(None, description="Kept free on each GPU. Default: 3 % of the card, at least 2 % + 512MiB.")
+    limit_writer: Literal["direct", "kvctl"] = Field(
+        "direct", description="kvctl: limits are written by the engine venv's own kvctl, 3 s a call, instead of directly."
+    )
 
 
 class Loop(Section):

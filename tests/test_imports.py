@@ -39,7 +39,7 @@ HOMES: dict[str, set[str]] = {
     "starlette": {"api/", "engine/"},
     "uvicorn": {"daemon.py", "engine/"},
     "yaml": {"config_errors.py"},
-    "pydantic": {"policy/", "settings.py", "config_errors.py", "api/admin.py", "drivers/store.py"},
+    "pydantic": {"policy/", "control/registry.py", "settings.py", "config_errors.py", "api/admin.py", "drivers/store.py"},
     "pydantic_settings": {"settings.py", "config_errors.py"},
     "click": {"daemon.py", "cli/"},
     "rich": {"cli/"},

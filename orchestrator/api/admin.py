@@ -20,12 +20,13 @@ from pydantic import ValidationError
 
 from orchestrator import __version__
 from orchestrator.control.reconciler import Reconciler
-from orchestrator.control.registry import Registry
+from orchestrator.control.registry import LIMIT_FIELDS, Registry
 from orchestrator.errors import BadRequest, ModelNotFound, Problem, SpecError
+from orchestrator.policy import explain
 from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.lifecycle import Known
 from orchestrator.policy.model import ModelSpec
-from orchestrator.policy.snapshot import EngineSeen, TrafficSeen
+from orchestrator.policy.snapshot import EngineSeen, GpuReading, TrafficSeen
 from orchestrator.policy.stored import Event
 
 LOG_POLL_S = 0.2
@@ -56,18 +57,22 @@ class Admin:
         socket_of: Callable[[str], str],
         log_file: Callable[[str], Path | None],
         events: Callable[[str | None, int], Any],
+        who: Callable[[int], str],
     ) -> None:
+        """`who`: pid -> its user and program, for people."""
         self._registry, self._loop, self._about = registry, reconciler, about
-        self._socket_of, self._log_file, self._events = socket_of, log_file, events
+        self._socket_of, self._log_file, self._events, self._who = socket_of, log_file, events, who
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/api/v1")
         router.add_api_route("/status", self.status, methods=["GET"])
         router.add_api_route("/events", self.events, methods=["GET"])
+        router.add_api_route("/explain", self.explain, methods=["GET"])
         router.add_api_route("/models", self.models, methods=["GET"])
         router.add_api_route("/models", self.add, methods=["POST"], status_code=201)
         for verb in ("start", "stop"):
             router.add_api_route(f"/models/{{name:path}}/{verb}", getattr(self, verb), methods=["POST"], status_code=202)
+        router.add_api_route("/models/{name:path}/limit", self.limit, methods=["POST"])
         router.add_api_route("/models/{name:path}/watch", self.watch, methods=["GET"])
         router.add_api_route("/models/{name:path}/logs", self.logs, methods=["GET"])
         router.add_api_route("/models/{name:path}", self.describe, methods=["GET"])
@@ -123,6 +128,32 @@ class Admin:
                 "errors": view.errors if view else 0,
             },
         }
+
+    async def explain(self) -> dict[str, Any]:
+        """Every GPU's memory as lines that add up to the card, and its pools with what would change their limits."""
+        view = self._loop.view
+        if view is None:
+            return {"gpus": []}
+        gpus = []
+        for uuid, gpu in sorted(view.snapshot.gpus.items(), key=lambda item: item[1].index):
+            rows = [
+                {"what": row.what, "bytes": row.bytes, "why": row.why, "model": row.model, "who": self._who(row.pid) if row.pid else None}
+                for row in explain.lines(uuid, view.snapshot, view.plan)
+            ]
+            here = [i for i in view.plan.instances.values() if i.launch and uuid in i.launch.gpus and i.launch.id in view.plan.pools]
+            gpus.append(
+                {
+                    "index": gpu.index,
+                    "uuid": uuid,
+                    "name": gpu.name,
+                    "error": gpu.error,
+                    "total_bytes": gpu.total_bytes,
+                    "lines": rows,
+                    "pool_bytes": view.plan.gpus[uuid].pool_bytes,
+                    "pools": [self._explained(i.model, i.launch.id) for i in here if i.launch],
+                }
+            )
+        return {"gpus": gpus}
 
     async def models(self) -> dict[str, Any]:
         return {"models": [self._model(name) for name in self._names()]}
@@ -181,18 +212,12 @@ class Admin:
     # ---- commands -------------------------------------------------------------------------------------------------
 
     async def add(self, request: Request, start: bool = True) -> dict[str, Any]:
-        try:
-            given = msgspec.json.decode(await request.body())
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest(f"The request body is not JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise BadRequest("A spec is a JSON object with at least `name` and `source`.")
+        given = await _json_object(request, "A spec is a JSON object with at least `name` and `source`.")
         try:
             spec = ModelSpec.model_validate(given)
         except ValidationError as error:
             raise SpecError(_spec_problems(error)) from None
-        view = self._loop.view
-        await self._registry.add(spec, tuple(view.snapshot.gpus.values()) if view else (), start)
+        await self._registry.add(spec, self._gpus(), start)
         self._loop.note(spec.name, "added", "added by API")
         await self._next_look()
         return self._model(spec.name)
@@ -203,6 +228,19 @@ class Admin:
         await self._registry.remove(name)
         self._loop.note(name, "removed", "removed by API")
         return before
+
+    async def limit(self, name: str, request: Request) -> dict[str, Any]:
+        name = self._registry.resolve(name)
+        changes = await _json_object(
+            request, f"Bounds are a JSON object with some of {', '.join(LIMIT_FIELDS)}; null gives one back to the spec."
+        )
+        try:
+            await self._registry.limit(name, changes, self._gpus())
+        except ValidationError as error:
+            raise SpecError(_spec_problems(error)) from None
+        self._loop.note(name, "limit", ", ".join(f"{field}: {'as in its spec' if v is None else v}" for field, v in changes.items()))
+        await self._next_look()
+        return self._model(name)
 
     async def start(self, name: str) -> dict[str, Any]:
         name = self._registry.resolve(name)
@@ -223,6 +261,9 @@ class Admin:
                 await self._loop.ticked.wait_for(lambda: self._loop.view is not before)
 
     # ---- projections ----------------------------------------------------------------------------------------------
+
+    def _gpus(self) -> tuple[GpuReading, ...]:
+        return tuple(self._loop.view.snapshot.gpus.values()) if self._loop.view else ()
 
     def _names(self) -> list[str]:
         """Registered models, and removed ones whose engine is not gone yet."""
@@ -260,6 +301,7 @@ class Admin:
             "waiting": traffic.waiting,
             "idle_s": 0.0 if traffic.in_flight else (round(now - last_used, 1) if last_used is not None else None),
             "spec": spec.model_dump(mode="json") if spec else {},
+            "overrides": dict(known.overrides) if known else {},
             "engine": self._engine(instance, seen) if launch else None,
             "pool": self._pool(launch.id, seen) if launch else None,
             "failure": None
@@ -294,6 +336,14 @@ class Admin:
             "expected_start_s": launch.expected_start_s,
         }
 
+    def _explained(self, model: str, launch_id: str) -> dict[str, Any]:
+        view = self._loop.view
+        assert view is not None
+        pool = view.plan.pools[launch_id]
+        shown = self._pool(launch_id, view.snapshot.engines.get(launch_id)) or {}
+        more = {"target_bytes": pool.target_bytes, "demand_bytes": pool.demand_bytes, "charge_bytes": pool.charge_bytes}
+        return {"model": model, "launch_id": launch_id, **shown, **more, "weight": pool.weight, "change": explain.change(pool)}
+
     def _pool(self, launch_id: str, seen: EngineSeen | None) -> dict[str, Any] | None:
         view = self._loop.view
         pool = view.plan.pools.get(launch_id) if view else None
@@ -309,6 +359,16 @@ class Admin:
             "status": pool.status,
             "reason": pool.reason,
         }
+
+
+async def _json_object(request: Request, else_said: str) -> dict[str, Any]:
+    try:
+        given = msgspec.json.decode(await request.body())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise BadRequest(else_said)
+    return given
 
 
 def _footprint(known: Known) -> dict[str, Any]:

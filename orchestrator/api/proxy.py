@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
 from orchestrator.api import error_body
-from orchestrator.control.traffic import Traffic
+from orchestrator.control.traffic import Ask, Traffic
 from orchestrator.errors import BadRequest, BodyTooLarge, EngineDied, OrchestratorError
 
 # Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop; and a client's credentials, which are no engine's business.
@@ -29,11 +29,20 @@ DROPPED_RESPONSE = frozenset(b"connection keep-alive te trailer transfer-encodin
 NOT_ADDED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 # Engines close idle connections after 75 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a pool must give up earlier, or POSTs fail.
 KEEP_ALIVE_S = 60.0
+UNBOUNDED_TOKENS = 1 << 30
+COUNT_DIGITS = 9  # of a count of tokens that is one; a larger number is no bound
+ABSENT = msgspec.Raw(b"")
+LIKELY_TOKENS = 256  # of an answer, for guessing what a queue needs
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)  # a generation may take hours
 
 
 class _Peek(msgspec.Struct):
+    """All that is looked at of a body. Lengths are not even decoded here: whether they are right is the engine's to say."""
+
     model: str | msgspec.UnsetType = msgspec.UNSET
+    max_tokens: msgspec.Raw = ABSENT
+    max_completion_tokens: msgspec.Raw = ABSENT
+    max_output_tokens: msgspec.Raw = ABSENT
 
 
 _decode = msgspec.json.Decoder(_Peek).decode
@@ -51,15 +60,16 @@ class Proxy:
             body = await _read_body(scope, receive, self._max_body)
             if body is None:
                 return  # the client left
-            model = self._resolve(_model_in(body))
+            peek = _peek(body)
+            model = self._resolve(peek.model)  # type: ignore[arg-type]  # _peek has seen that it is a string
         except OrchestratorError as error:
             await _send_error(send, error)
             return
-        await _unless_client_leaves(self._serve(scope, send, model, body), receive)
+        await _unless_client_leaves(self._serve(scope, send, model, body, _ask(peek, len(body))), receive)
 
-    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes) -> None:
+    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, ask: Ask) -> None:
         try:
-            async with self._traffic.lease(model) as launch_id:
+            async with self._traffic.lease(model, ask) as launch_id:
                 await self._forward(scope, send, model, launch_id, body)
         except OrchestratorError as error:
             await _send_error(send, error)
@@ -168,9 +178,10 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
 
 
-def _model_in(body: bytes) -> str:
+def _peek(body: bytes) -> _Peek:
+    """Raises BadRequest unless the body is a JSON object with a model in it."""
     try:
-        model = _decode(body).model
+        peek = _decode(body)
     except msgspec.ValidationError as error:
         what = "`model` must be a string" if "$.model" in str(error) else "the request body must be a JSON object"
         raise BadRequest(f"Bad request: {what}.", param="model" if "model" in what else None) from None
@@ -178,9 +189,19 @@ def _model_in(body: bytes) -> str:
         raise BadRequest(f"The request body is not JSON: {error}") from None
     except RecursionError:
         raise BadRequest("The request body is nested too deeply.") from None
-    if model is msgspec.UNSET or not model:
+    if not peek.model or not isinstance(peek.model, str):
         raise BadRequest("The field `model` is missing: name one of GET /v1/models.", param="model", code="missing_required_parameter")
-    return model
+    return peek
+
+
+def _ask(peek: _Peek, body_bytes: int) -> Ask:
+    """Byte-level tokenizers never make more tokens than bytes; English text makes about a quarter. An answer without a bound may
+    fill its model's context, whose length policy knows."""
+    given = (bytes(raw) for raw in (peek.max_completion_tokens, peek.max_tokens, peek.max_output_tokens))
+    bounds = [int(text) for text in given if text.isdigit() and len(text) <= COUNT_DIGITS]
+    answer = min((bound for bound in bounds if bound > 0), default=None)
+    most = body_bytes + (UNBOUNDED_TOKENS if answer is None else answer)
+    return Ask(most, first=body_bytes, likely=body_bytes // 4 + min(answer or LIKELY_TOKENS, LIKELY_TOKENS))
 
 
 async def _send_error(send: Send, error: OrchestratorError) -> None:

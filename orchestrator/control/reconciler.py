@@ -20,6 +20,7 @@ from orchestrator.control.traffic import Door, Traffic
 from orchestrator.errors import ModelNotFound, ModelUnavailable
 from orchestrator.policy.budgets import PoolMemory
 from orchestrator.policy.decide import Plan, decide
+from orchestrator.policy.footprint import fitting_tokens
 from orchestrator.policy.instance import Instance, Launch, State
 from orchestrator.policy.lifecycle import Known, Rules
 from orchestrator.policy.snapshot import Snapshot
@@ -105,7 +106,7 @@ class Reconciler:
             if snapshot.engines[launch_id].gone:
                 self._engines.forget(launch_id)
         doors = self._registry.known().keys() | plan.instances.keys()
-        self._traffic.publish({name: self._door(name, known.get(name), plan.instances.get(name), snapshot.now) for name in doors})
+        self._traffic.publish({name: self._door(name, known.get(name), plan, snapshot.now) for name in doors})
         self._report(before, plan)
         self._ticks += 1
         self.view = View(snapshot, plan, self._ticks, self._errors, time.perf_counter() - started)
@@ -113,8 +114,9 @@ class Reconciler:
         async with self.ticked:
             self.ticked.notify_all()
 
-    def _door(self, name: str, model: Known | None, instance: Instance | None, now: float) -> Door:
+    def _door(self, name: str, model: Known | None, plan: Plan, now: float) -> Door:
         """Open for a READY model; shut with the reason where waiting would not help; else requests wait."""
+        instance = plan.instances.get(name)
         if self._stopping:
             return Door(error=ModelUnavailable("The daemon is shutting down.", code="shutting_down", retry_after_s=30))
         if model is None or instance is None:
@@ -127,7 +129,9 @@ class Reconciler:
         expected = (instance.launch.expected_start_s if instance.launch else model.footprint.start_s) or 30.0
         elapsed = now - instance.since if instance.state is State.STARTING else 0.0
         ready = instance.launch.id if instance.state is State.READY and instance.launch else None
-        return Door(ready, None, max(1.0, expected - elapsed), model.spec.max_concurrency, model.spec.max_queue)
+        pool = plan.pools.get(ready) if ready else None
+        fitting = fitting_tokens(model.footprint, pool.sure_bytes) if pool else None
+        return Door(ready, None, max(1.0, expected - elapsed), model.spec.max_concurrency, model.spec.max_queue, fitting)
 
     def note(self, model: str, kind: str, reason: str) -> None:
         """An operator did something: it belongs between the states."""

@@ -9,16 +9,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from orchestrator.control.ports import Sources, Store
 from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError
 from orchestrator.policy.actions import Learn
 from orchestrator.policy.decide import reserve_bytes
 from orchestrator.policy.footprint import Footprint, estimate, floor_bytes, request_bytes
-from orchestrator.policy.lifecycle import Known, Rules
+from orchestrator.policy.lifecycle import NEVER, Known, Rules
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.placement import allowed, never_fits
 from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.units import show_bytes
+
+LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what may change while an engine runs
 
 
 class Registry:
@@ -37,7 +41,9 @@ class Registry:
         self._changing = asyncio.Lock()  # one change at a time: what was checked still holds when the disk has answered
         self._learned: dict[str, Mapping[str, float]] = {}
         self._known: dict[str, Known] = {}
+        self._bases: dict[str, ModelSpec] = {}  # as it was written, before overrides
         self._by_name: dict[str, str] = {}  # names and aliases -> model
+        self.dropped: list[str] = []  # models whose overrides no longer go with their spec
         self.overruled: list[str] = []  # models in the store whose name a config file has taken: the file wins
 
     async def load(self) -> None:
@@ -49,8 +55,15 @@ class Registry:
                 if any(name in self._by_name for name in (spec.name, *spec.aliases)):
                     self.overruled.append(spec.name)
                     continue
-                held = spec.name in stored.held
-                self._put(Known(spec, self._footprint(spec), owner, held, self._clock() if spec.preload and not held else -1e9))
+                held, overrides = spec.name in stored.held, stored.overrides.get(spec.name, {})
+                self._bases[spec.name] = spec
+                try:
+                    spec = _overridden(spec, overrides)
+                except ValidationError:  # the config file has changed under them
+                    self.dropped.append(spec.name)
+                    overrides = {}
+                started_at = self._clock() if spec.preload and not held else NEVER
+                self._put(Known(spec, self._footprint(spec), owner, held, started_at, overrides))
 
     def known(self) -> Mapping[str, Known]:
         return self._known
@@ -75,7 +88,8 @@ class Registry:
             if problems := self._problems(spec, self._footprint(spec), gpus):
                 raise SpecError(problems)
             await self._store.put_model(spec, time.time())
-            self._put(Known(spec, self._footprint(spec), "api", started_at=self._clock() if start else -1e9))
+            self._bases[spec.name] = spec
+            self._put(Known(spec, self._footprint(spec), "api", started_at=self._clock() if start else NEVER))
 
     async def remove(self, name: str) -> None:
         async with self._changing:
@@ -83,7 +97,7 @@ class Registry:
             if self._known[model].owner == "file":
                 raise Conflict(f"The model {model!r} is defined in a config file: remove it there and restart the daemon.", param="name")
             await self._store.remove_model(model)
-            del self._known[model]
+            del self._known[model], self._bases[model]
             self._by_name = {n: m for n, m in self._by_name.items() if m != model}
 
     async def hold(self, name: str, held: bool) -> None:
@@ -93,6 +107,23 @@ class Registry:
             await self._store.set_held(name, held)
             model = self._known[name]  # only now: learn() may have put a new footprint there meanwhile
             self._put(replace(model, held=held, started_at=model.started_at if held else self._clock()))
+
+    async def limit(self, name: str, changes: Mapping[str, object], gpus: Sequence[GpuReading]) -> None:
+        """Change a model's bounds while it runs, and for later runs. `changes`: field -> value as in a spec; None gives the field
+        back to the spec. Raises SpecError, with nothing changed."""
+        async with self._changing:
+            name = self.resolve(name)
+            if unknown := sorted(changes.keys() - set(LIMIT_FIELDS)):
+                raise SpecError(
+                    [Problem(field, f"can not be changed while it runs; these can: {', '.join(LIMIT_FIELDS)}") for field in unknown]
+                )
+            overrides = {k: v for k, v in {**self._known[name].overrides, **changes}.items() if v is not None}
+            spec = _overridden(self._bases[name], overrides)
+            footprint = self._known[name].footprint
+            if problems := _ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
+                raise SpecError(problems)
+            await self._store.set_overrides(name, overrides)
+            self._put(replace(self._known[name], spec=spec, overrides=overrides))
 
     async def learn(self, learned: Learn) -> None:
         """Keep what a start has shown, for every model that would be started alike."""
@@ -147,20 +178,32 @@ class Registry:
             )
         if problems:
             return problems
-        if spec.kv_ceiling is not None and footprint.bundle_bytes:
-            least = max(2 * footprint.bundle_bytes, request_bytes(footprint, footprint.max_model_len) if footprint.max_model_len else 0)
-            if spec.kv_ceiling < least:
-                what = f"one request of {footprint.max_model_len} tokens" if footprint.max_model_len else "two page bundles"
-                problems.append(
-                    Problem(
-                        "kv_ceiling",
-                        f"{show_bytes(spec.kv_ceiling)} cannot hold {what} ({show_bytes(least)}): raise it, or lower --max-model-len",
-                    )
-                )
-        if footprint.known:
-            reserve = {gpu.uuid: reserve_bytes(gpu, self._rules) for gpu in gpus}
-            parts = footprint.parts if footprint.source == "estimated" else {"learned": footprint.start_bytes}
-            why = never_fits(spec, parts, floor_bytes(spec, footprint), reserve, [by_uuid[uuid] for uuid in usable])
-            if why:
-                problems.append(Problem("source", f"can never fit: {why}"))
-        return problems
+        return _ceiling_problems(spec, footprint) + self._size_problems("source", spec, footprint, gpus)
+
+    def _size_problems(self, field: str, spec: ModelSpec, footprint: Footprint, gpus: Sequence[GpuReading]) -> list[Problem]:
+        """That not even empty cards could hold it, with the arithmetic."""
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        usable, _ = allowed(spec, by_uuid)
+        if not footprint.known or not usable:
+            return []
+        reserve = {gpu.uuid: reserve_bytes(gpu, self._rules) for gpu in gpus}
+        parts = footprint.parts if footprint.source == "estimated" else {"learned": footprint.start_bytes}
+        why = never_fits(spec, parts, floor_bytes(spec, footprint), reserve, [by_uuid[uuid] for uuid in usable])
+        return [Problem(field, f"can never fit: {why}")] if why else []
+
+
+def _overridden(spec: ModelSpec, overrides: Mapping[str, object]) -> ModelSpec:
+    """Raises pydantic's ValidationError."""
+    return ModelSpec.model_validate({**spec.model_dump(), **overrides}) if overrides else spec
+
+
+def _ceiling_problems(spec: ModelSpec, footprint: Footprint) -> list[Problem]:
+    """A request that its ceiling can never hold would stall the engine for ever, so a ceiling must hold the longest."""
+    if spec.kv_ceiling is None or not footprint.bundle_bytes:
+        return []
+    least = max(2 * footprint.bundle_bytes, request_bytes(footprint, footprint.max_model_len) if footprint.max_model_len else 0)
+    if spec.kv_ceiling >= least:
+        return []
+    what = f"one request of {footprint.max_model_len} tokens" if footprint.max_model_len else "two page bundles"
+    mend = "raise it, or lower --max-model-len"
+    return [Problem("kv_ceiling", f"{show_bytes(spec.kv_ceiling)} cannot hold {what} ({show_bytes(least)}): {mend}")]

@@ -41,6 +41,18 @@ def write_limit(ipc_name: str, limit_bytes: int) -> None:
         raise OSError(f"{SHM / ipc_name}: wrote the limit {limit_bytes}, read back {found}")
 
 
+def restore(ipc_name: str, segment: Segment) -> None:
+    """Make a living engine's segment anew, or give it its size and content back. Only for an engine that is known to live: a
+    segment without one is a phantom. Raises OSError."""
+    fd = os.open(SHM / ipc_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, LAYOUT.size)
+        os.pwrite(fd, LAYOUT.pack(segment.limit_bytes, segment.used_bytes, segment.prealloc_bytes), 0)
+    finally:
+        os.close(fd)
+
+
 def remove(ipc_name: str) -> list[str]:
     """Remove what a killed engine left under this name, which no other launch ever has. Returns the paths removed."""
     digest = str(uuid.uuid5(uuid.NAMESPACE_DNS, ipc_name))[:8]

@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import Popen
@@ -27,7 +27,7 @@ from orchestrator.drivers.vllm import EngineApi, EngineVenv
 from orchestrator.errors import StoreError
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.model import ModelSpec, slug
-from orchestrator.policy.snapshot import EngineSeen
+from orchestrator.policy.snapshot import EngineSeen, Segment
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ KEPT_LOGS = 5  # of earlier launches of the same model
 TAIL_LINES = 30
 TAIL_BYTES = 1 << 20  # read of a log at once: more than its last lines, less than a day's
 RETRY_RPC_S = 1.0
-SETTLE_S = 0.04  # kvcached's watcher sees the segment every 0.1 s; until then an allocation puts the old limit back
+SETTLE_S = 0.02  # kvcached's watcher sees the segment every 0.1 s; a limit is not applied before
 
 
 class EngineRecords(Protocol):
@@ -83,9 +83,18 @@ class EngineFailed(Exception):
 
 
 class Launcher:
+    """`limit_writer`: "direct" writes the segment (microseconds); "kvctl" has the engine venv's kvctl do it (3 s a call)."""
+
     def __init__(
-        self, venvs: Mapping[str, EngineVenv], runtime: Path, logs: Path, records: EngineRecords, notify: Callable[[], None]
+        self,
+        venvs: Mapping[str, EngineVenv],
+        runtime: Path,
+        logs: Path,
+        records: EngineRecords,
+        notify: Callable[[], None],
+        limit_writer: str = "direct",
     ) -> None:
+        self._limit_writer = limit_writer
         self._venvs, self._runtime, self._logs, self._records, self._notify = venvs, runtime / "engines", logs, records, notify
         self._runs: dict[str, _Run] = {}
 
@@ -122,9 +131,18 @@ class Launcher:
         run = self._runs.get(launch_id)
         if run is None or run.gone:
             raise OSError(f"engine {launch_id} is over")
-        kvcached.write_limit(run.launch.ipc_name, limit_bytes)
+        if not self._by_kvctl(run):
+            kvcached.write_limit(run.launch.ipc_name, limit_bytes)
+        if run.acked_limit == limit_bytes:  # it held once; another one came between, ours or a stranger's, so it must be told anew
+            run.acked_limit = 0
         run.wanted_limit = limit_bytes
         self._apply_limit(run)
+
+    def trim(self, launch_id: str) -> None:
+        self._aside(launch_id, "trim", self._trim)
+
+    def repair(self, launch_id: str) -> None:
+        self._aside(launch_id, "repair", self._repair)
 
     def look(self) -> Mapping[str, EngineSeen]:
         return {launch_id: self._seen(run) for launch_id, run in self._runs.items()}
@@ -208,6 +226,55 @@ class Launcher:
                 raise EngineFailed(self._how_it_ended(run))
             await asyncio.sleep(POLL_S)
 
+    async def _trim(self, run: _Run) -> None:
+        assert run.api is not None
+        await run.api.reset_prefix_cache()
+        await run.api.rpc("kv_trim")
+        await run.api.rpc("kv_empty_cache")
+
+    async def _repair(self, run: _Run) -> None:
+        assert run.api is not None
+        status = await run.api.rpc("kv_status")
+        limit = run.wanted_limit or int(status["limit_bytes"])
+        kvcached.restore(
+            run.launch.ipc_name, Segment(limit, int(status["used_bytes"]), int(status["mapped_bytes"]) - int(status["used_bytes"]))
+        )
+
+    def _aside(self, launch_id: str, name: str, work: Callable[[_Run], Coroutine[Any, Any, None]]) -> None:
+        """Run one thing beside the others, if the engine can be asked; a failure is logged, and the next look shows it."""
+
+        async def told(run: _Run) -> None:
+            try:
+                await work(run)
+            except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
+                log.warning("%s: %s failed: %s: %s", run.launch.spec.name, name, type(error).__name__, error)
+            self._notify()
+
+        run = self._runs.get(launch_id)
+        if run is not None and run.ready and run.alive and not self._running(run, name):
+            self._task(run, name, told)
+
+    def _by_kvctl(self, run: _Run) -> bool:
+        venv = self._venvs.get(run.launch.spec.engine)
+        return self._limit_writer == "kvctl" and venv is not None and (venv.python.parent / "kvctl").exists()
+
+    async def _kvctl(self, run: _Run, limit_bytes: int) -> None:
+        """`kvctl limit`, then read back: it exits 0 whatever happens."""
+        kvctl = self._venvs[run.launch.spec.engine].python.parent / "kvctl"
+        told = await asyncio.create_subprocess_exec(
+            str(kvctl), "limit", run.launch.ipc_name, str(limit_bytes),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            said, _ = await told.communicate()
+        except asyncio.CancelledError:  # its engine is being ended, and it would make the segment that is then removed anew
+            told.kill()
+            await told.wait()
+            raise
+        segment = kvcached.read(run.launch.ipc_name)
+        if segment is None or segment.limit_bytes != limit_bytes:
+            raise ValueError(f"kvctl did not set it: {said.decode(errors='replace').strip()[-300:]}")
+
     def _apply_limit(self, run: _Run) -> None:
         """Have the engine apply what the segment says: by itself it would do so only in its next allocation, a starved one never."""
         if run.ready and run.acked_limit != run.wanted_limit and not self._running(run, "apply limit"):
@@ -218,16 +285,17 @@ class Launcher:
         while run.alive and run.wanted_limit is not None and run.acked_limit != run.wanted_limit:
             wanted = run.wanted_limit
             try:
+                if self._by_kvctl(run) and (segment := kvcached.read(run.launch.ipc_name)) and segment.limit_bytes != wanted:
+                    await self._kvctl(run, wanted)
                 answer = await run.api.rpc("kv_limit", wanted, time.monotonic_ns())  # counts from boot: never back
-            except (httpx2.HTTPError, KeyError, ValueError) as error:
+            except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
                 log.warning("%s: the engine did not take its limit: %s", run.launch.spec.name, error)
                 await asyncio.sleep(RETRY_RPC_S)
                 continue
-            if answer.get("status") in ("applied", "deferred"):  # deferred: use is above it, it drains as requests finish
-                if answer.get("settled", True):
-                    run.acked_limit = wanted
-                else:
-                    await asyncio.sleep(SETTLE_S)
+            if answer.get("settled") is False:
+                await asyncio.sleep(SETTLE_S)
+            elif answer.get("status") in ("applied", "deferred"):  # deferred: use is above it, it drains as requests finish
+                run.acked_limit = wanted
             else:
                 log.warning(
                     "%s: limit %d: the engine answered %s %s", run.launch.spec.name, wanted, answer.get("status"), answer.get("reason")
@@ -238,7 +306,7 @@ class Launcher:
     # ---- from the first signal to nothing left --------------------------------------------------------------------
 
     async def _take_down(self, run: _Run) -> None:
-        for name in ("bring up", "apply limit"):
+        for name in ("bring up", "apply limit", "trim", "repair"):
             await _cancel(run.tasks.get(name))
         if run.api is not None:
             await run.api.close()

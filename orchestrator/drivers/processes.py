@@ -88,6 +88,15 @@ def signal_session(process: Process, number: signal.Signals) -> int:
     return len(found)
 
 
+def who(pid: int) -> str:
+    """A process for people: its user and program, as far as they may be known (not of another pid namespace)."""
+    try:
+        found = psutil.Process(pid)
+        return f"{found.username()}: {found.name()} (pid {pid})"
+    except (psutil.Error, OSError, KeyError):
+        return f"pid {pid}"
+
+
 def on_exit(process: Process, notify: Callable[[], None]) -> Callable[[], None]:
     """Call `notify` once when the process ends, child or not. Returns what cancels it. Fires at once if it has ended already."""
     loop = asyncio.get_running_loop()

@@ -19,16 +19,18 @@ from orchestrator.errors import StoreError
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
 
-SCHEMA_VERSION = 1
 KEPT_EVENTS = 20_000
-SCHEMA = """
+MIGRATIONS = (  # user_version N: the first N were run; a new one is added at the end and none is ever changed
+    """
 CREATE TABLE models (name TEXT PRIMARY KEY, spec TEXT NOT NULL, added_at REAL NOT NULL) STRICT;
 CREATE TABLE held (name TEXT PRIMARY KEY) STRICT;
 CREATE TABLE footprints (key TEXT PRIMARY KEY, figures TEXT NOT NULL) STRICT;
 CREATE TABLE engines (launch_id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
 CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL) STRICT;
 CREATE INDEX events_by_model ON events (model, id);
-"""
+""",
+    "CREATE TABLE overrides (name TEXT PRIMARY KEY, fields TEXT NOT NULL) STRICT;",
+)
 T = TypeVar("T")
 
 
@@ -53,16 +55,19 @@ class SqliteStore:
             except ValidationError as error:
                 raise StoreError(f"{self._path} holds a model that this version does not understand: {error}") from None
             held = frozenset(name for (name,) in db.execute("SELECT name FROM held"))
-            return Stored(models, held, {key: json.loads(text) for key, text in db.execute("SELECT key, figures FROM footprints")})
+            overrides = {name: json.loads(text) for name, text in db.execute("SELECT name, fields FROM overrides")}
+            footprints = {key: json.loads(text) for key, text in db.execute("SELECT key, figures FROM footprints")}
+            return Stored(models, held, overrides, footprints)
 
         return await self._run(read)
 
     async def put_model(self, spec: ModelSpec, added_at: float) -> None:
-        """A new model. One of that name may be left here, overruled by a config file: it goes, and that it was held is forgotten."""
+        """A new model. One of that name may be left here, or what was changed of one in a config file: all of it is forgotten."""
 
         def write(db: sqlite3.Connection) -> None:
             with db:
                 db.execute("DELETE FROM held WHERE name = ?", (spec.name,))
+                db.execute("DELETE FROM overrides WHERE name = ?", (spec.name,))
                 db.execute("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (spec.name, spec.model_dump_json(), added_at))
 
         await self._run(write)
@@ -72,11 +77,15 @@ class SqliteStore:
             with db:
                 db.execute("DELETE FROM models WHERE name = ?", (name,))
                 db.execute("DELETE FROM held WHERE name = ?", (name,))
+                db.execute("DELETE FROM overrides WHERE name = ?", (name,))
 
         await self._run(write)
 
     async def set_held(self, name: str, held: bool) -> None:
         await self._write("INSERT OR IGNORE INTO held VALUES (?)" if held else "DELETE FROM held WHERE name = ?", (name,))
+
+    async def set_overrides(self, name: str, overrides: Mapping[str, object]) -> None:
+        await self._write("INSERT OR REPLACE INTO overrides VALUES (?, ?)", (name, json.dumps(dict(overrides))))
 
     async def put_footprint(self, key: str, figures: Mapping[str, float]) -> None:
         await self._write("INSERT OR REPLACE INTO footprints VALUES (?, ?)", (key, json.dumps(dict(figures))))
@@ -110,13 +119,12 @@ class SqliteStore:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
+        if version > len(MIGRATIONS):
             raise StoreError(
-                f"{self._path} was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION}): upgrade the daemon"
+                f"{self._path} was written by a newer version (schema {version}, this one knows {len(MIGRATIONS)}): upgrade the daemon"
             )
-        if version == 0:
-            with db:
-                db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN; {migration} PRAGMA user_version = {number}; COMMIT;")
 
     async def _write(self, sql: str, values: Sequence[object]) -> None:
         def write(db: sqlite3.Connection) -> None:

@@ -56,7 +56,8 @@ class Engines:
 
     def start(self, launch: Launch) -> None:
         self.launches[launch.id] = launch
-        self.seen[launch.id] = EngineSeen(launch.id, alive=True, pid=4242, phase="loading weights", started_at=time.monotonic())
+        pids = frozenset({4242})
+        self.seen[launch.id] = EngineSeen(launch.id, alive=True, pid=4242, pids=pids, phase="loading weights", started_at=time.monotonic())
         if launch.spec.name not in self.slow:
             self.ready(launch.spec.name)
 
@@ -86,6 +87,12 @@ class Engines:
         assert segment is not None
         segment = replace(segment, limit_bytes=limit_bytes)
         self.seen[launch_id] = replace(self.seen[launch_id], segment=segment, acked_limit_bytes=limit_bytes)
+
+    def trim(self, launch_id: str) -> None:
+        pass
+
+    def repair(self, launch_id: str) -> None:
+        pass
 
     def look(self) -> Mapping[str, EngineSeen]:
         return dict(self.seen)
@@ -190,7 +197,8 @@ async def house(
             phases=vllm.PHASES,
             started_at=time.monotonic(),
         )
-        admin = Admin(registry, loop, about, lambda launch_id: str(upstream.path), engines.log_file, store.events).router()
+        socket_of = lambda launch_id: str(upstream.path)  # noqa: E731
+        admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.control.ports import Engines, Gpus
+from orchestrator.drivers import kvcached
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.snapshot import EngineSeen
 from orchestrator.policy.units import GIB
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.asyncio
 
 
 class Rig(Protocol):
-    """`launch` makes one that was not started; `step` lets the world go on a little; `kill` ends an engine's leader by force."""
+    """`launch` makes one that was not started; `step` lets the world go on a little; `kill` ends an engine's leader by force, `lose`
+    removes its segment behind its back."""
 
     gpus: Gpus
     bundle_bytes: int
@@ -37,6 +39,8 @@ class Rig(Protocol):
     async def step(self) -> None: ...
 
     def kill(self, launch: Launch) -> None: ...
+
+    def lose(self, launch: Launch) -> None: ...
 
     async def restart(self) -> None: ...
 
@@ -62,6 +66,9 @@ class Fake:
 
     def kill(self, launch: Launch) -> None:
         self.engines.crash(launch.spec.name)
+
+    def lose(self, launch: Launch) -> None:
+        self.engines.all[launch.id].hidden = True
 
     async def restart(self) -> None:
         former = list(self.engines.all.values())
@@ -92,6 +99,9 @@ class Real:
 
     def kill(self, launch: Launch) -> None:
         os.kill(self._shop.pid(launch), signal.SIGKILL)
+
+    def lose(self, launch: Launch) -> None:
+        (kvcached.SHM / launch.ipc_name).unlink()
 
     async def restart(self) -> None:
         await self._shop.restart()
@@ -167,6 +177,55 @@ async def test_a_limit_without_a_segment_is_an_oserror(rig: Rig) -> None:
     rig.engines.start(launch)
     with pytest.raises(OSError, match=r".+"):
         rig.engines.set_limit(launch.id, rig.bundle_bytes)
+
+
+async def test_trim_leaves_an_idle_engine_next_to_nothing_and_may_be_asked_again(rig: Rig) -> None:
+    launch = await start(rig)
+    free = rig.gpus.read()[0].free_bytes
+    rig.engines.trim(launch.id)
+    rig.engines.trim(launch.id)
+    seen = await until(rig, launch, lambda seen: seen.segment and seen.segment.prealloc_bytes == 0)
+    assert seen.segment is not None
+    assert (seen.segment.used_bytes, seen.error) == (rig.bundle_bytes, None)
+    assert rig.gpus.read()[0].free_bytes >= free
+
+
+async def test_a_segment_that_was_lost_is_made_anew_with_the_limit_that_held(rig: Rig) -> None:
+    launch = await start(rig)
+    limit = 7 * rig.bundle_bytes
+    rig.engines.set_limit(launch.id, limit)
+    await until(rig, launch, lambda seen: seen.acked_limit_bytes == limit)
+    rig.lose(launch)
+    seen = rig.engines.look()[launch.id]
+    assert (seen.segment, seen.alive, seen.ready, seen.error) == (None, True, True, None)
+    with pytest.raises(OSError, match=r".+"):
+        rig.engines.set_limit(launch.id, limit)
+    rig.engines.repair(launch.id)
+    rig.engines.repair(launch.id)
+    seen = await until(rig, launch, lambda seen: seen.segment)
+    assert seen.segment is not None
+    assert seen.segment.limit_bytes == limit
+    assert seen.segment.used_bytes >= rig.bundle_bytes
+    rig.engines.set_limit(launch.id, 9 * rig.bundle_bytes)
+    await until(rig, launch, lambda seen: seen.acked_limit_bytes == 9 * rig.bundle_bytes)
+
+
+async def test_nothing_is_trimmed_or_made_for_an_engine_that_is_not_there_or_not_ready(rig: Rig) -> None:
+    launch = rig.launch()
+    for launch_id in ("nobody", launch.id):
+        rig.engines.trim(launch_id)
+        rig.engines.repair(launch_id)
+    rig.engines.start(launch)
+    rig.engines.trim(launch.id)
+    rig.engines.repair(launch.id)
+    assert rig.engines.look()[launch.id].segment is None  # a segment without an engine would be a phantom
+    await until(rig, launch, lambda seen: seen.ready)
+    rig.kill(launch)
+    await until(rig, launch, lambda seen: not seen.alive)
+    rig.lose(launch)
+    rig.engines.repair(launch.id)
+    await rig.step()
+    assert rig.engines.look()[launch.id].segment is None
 
 
 async def test_stop_ends_in_gone_with_its_memory_back_and_may_be_asked_again(rig: Rig) -> None:

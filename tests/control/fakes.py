@@ -55,6 +55,7 @@ class FakeEngine:
     log: tuple[str, ...] = ()
     fixed_bytes: int = 0
     segment: Segment | None = None
+    hidden: bool = False  # somebody removed the segment, or made it something else: the engine goes on
     acked: int | None = None
 
     @property
@@ -136,10 +137,23 @@ class FakeEngines:
 
     def set_limit(self, launch_id: str, limit_bytes: int) -> None:
         engine = self.all.get(launch_id)
-        if engine is None or engine.segment is None or launch_id in self.vanishing:
+        if engine is None or engine.segment is None or engine.hidden or launch_id in self.vanishing:
             raise FileNotFoundError(2, "No such file or directory", f"/dev/shm/{launch_id}")
         self.journal.append(f"limit {engine.launch.spec.name}")
         engine.segment = replace(engine.segment, limit_bytes=limit_bytes)
+
+    def trim(self, launch_id: str) -> None:
+        """What it keeps mapped for nobody goes: the reserve, and what requests that are over left in the prefix cache."""
+        engine = self.all.get(launch_id)
+        if engine is not None and engine.ready and engine.segment is not None:
+            self.journal.append(f"trim {engine.launch.spec.name}")
+            engine.segment = replace(engine.segment, used_bytes=BUNDLE, prealloc_bytes=0)
+
+    def repair(self, launch_id: str) -> None:
+        engine = self.all.get(launch_id)
+        if engine is not None and engine.ready and engine.alive:
+            self.journal.append(f"repair {engine.launch.spec.name}")
+            engine.hidden = False
 
     def look(self) -> Mapping[str, EngineSeen]:
         return {launch_id: self._seen(engine) for launch_id, engine in self.all.items()}
@@ -189,7 +203,7 @@ class FakeEngines:
                 engine.acked = engine.segment.limit_bytes
 
     def _seen(self, engine: FakeEngine) -> EngineSeen:
-        shown = engine.ready and engine.segment is not None
+        shown = engine.ready and engine.segment is not None  # what a ready engine once said of itself is kept
         return EngineSeen(
             launch_id=engine.launch.id,
             alive=engine.alive,
@@ -202,7 +216,7 @@ class FakeEngines:
             pid=engine.pid,
             pids=frozenset({engine.pid}),
             started_at=engine.started_at,
-            segment=engine.segment,
+            segment=None if engine.hidden else engine.segment,
             capacity_bytes=engine.launch.ceiling_bytes // BUNDLE * BUNDLE if shown else 0,
             bundle_bytes=BUNDLE if shown else 0,
             acked_limit_bytes=engine.acked,
@@ -215,22 +229,30 @@ class FakeStore:
 
     models: dict[str, ModelSpec] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
+    overrides: dict[str, Mapping[str, object]] = field(default_factory=dict)
     footprints: dict[str, Mapping[str, float]] = field(default_factory=dict)
     kept: list[Event] = field(default_factory=list)
     broken: bool = False
     gate: asyncio.Event | None = None
 
     async def load(self) -> Stored:
-        return Stored(tuple(self.models.values()), frozenset(self.held), dict(self.footprints))
+        return Stored(tuple(self.models.values()), frozenset(self.held), dict(self.overrides), dict(self.footprints))
 
     async def put_model(self, spec: ModelSpec, added_at: float) -> None:
         await self._write()
         self.models[spec.name] = spec
+        self.held.discard(spec.name)
+        self.overrides.pop(spec.name, None)
 
     async def remove_model(self, name: str) -> None:
         await self._write()
         del self.models[name]
         self.held.discard(name)
+        self.overrides.pop(name, None)
+
+    async def set_overrides(self, name: str, overrides: Mapping[str, object]) -> None:
+        await self._write()
+        self.overrides[name] = dict(overrides)
 
     async def set_held(self, name: str, held: bool) -> None:
         await self._write()

@@ -29,6 +29,9 @@ class Shelf:
     async def add(self, added: ModelSpec, gpus: Sequence[GpuReading] = CARDS, start: bool = True) -> None:
         await self.registry.add(added, gpus, start)
 
+    async def limit(self, name: str, **changes: object) -> None:
+        await self.registry.limit(name, changes, CARDS)
+
     async def refused(self, added: ModelSpec, gpus: Sequence[GpuReading] = CARDS) -> SpecError:
         with pytest.raises(SpecError) as error:
             await self.add(added, gpus)

@@ -10,10 +10,17 @@ from orchestrator.policy.instance import State
 from orchestrator.policy.lifecycle import Rules
 from orchestrator.policy.units import GIB
 from tests.control.fakes import BUNDLE, CARD, FakeGpus, spec
-from tests.control.world import world
+from tests.control.world import World, world
 from tests.support.eventually import turns
 
 pytestmark = pytest.mark.asyncio
+
+
+async def fill(w: World, model: str) -> None:
+    """Its requests take all that its limit lets them, and that limit grows to all that there is."""
+    for _ in range(20):
+        w.engines[model].use(CARD)
+        await w.tick()
 
 
 async def test_a_request_wakes_a_stopped_model_and_is_answered() -> None:
@@ -35,8 +42,7 @@ async def test_a_request_wakes_a_stopped_model_and_is_answered() -> None:
 async def test_add_goes_through_every_state_and_the_door_opens_after_the_limit_was_written() -> None:
     async with world(spec("a")) as w:
         first = await w.ready("a")
-        w.engines["a"].use(76 * GIB)
-        await w.tick(20)
+        await fill(w, "a")
 
         await w.add("b", kv_weight=3)
         seen: list[State] = []
@@ -64,8 +70,7 @@ async def test_add_goes_through_every_state_and_the_door_opens_after_the_limit_w
 async def test_a_start_makes_those_who_hold_the_card_give_way_first() -> None:
     async with world(spec("a")) as w:
         held = await w.ready("a")
-        w.engines["a"].use(78 * GIB)  # nearly the whole card
-        await w.tick(20)
+        await fill(w, "a")
         await w.add("b")
         await w.tick()
         await w.tick()

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from orchestrator.control.traffic import Door, Traffic
+from orchestrator.control.traffic import Ask, Door, Traffic
 from orchestrator.errors import ModelUnavailable
 from tests.control.fakes import Clock
 from tests.control.world import Request
@@ -67,10 +67,10 @@ class AnyHistory(RuleBasedStateMachine):
         self.doors.pop(name, None)
         self.publish()
 
-    @rule(name=names)
-    def come(self, name: str) -> None:
+    @rule(name=names, most=st.integers(0, 3))
+    def come(self, name: str, most: int) -> None:
         async def make() -> Request:
-            return Request(self.traffic, name)
+            return Request(self.traffic, name, Ask(most, most, most))
 
         self.requests.append((name, self.loop.run_until_complete(make())))
 
@@ -96,6 +96,8 @@ class AnyHistory(RuleBasedStateMachine):
             mine = [r for n, r in self.requests if n == name and not r.task.done() and r not in self.orphans]
             assert seen.in_flight == sum(r.launch_id is not None for r in mine)
             assert seen.waiting == sum(r.launch_id is None for r in mine)
+            assert seen.largest_tokens == max((r.ask.most for r in mine), default=0)
+            assert seen.waiting_tokens == sum(r.ask.likely for r in mine if r.launch_id is None)
             door = self.doors[name]
             if door.launch_id is not None and seen.waiting:
                 assert seen.in_flight >= door.max_concurrency  # nobody waits before an open door with room

@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from orchestrator.control.observe import Observer
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
-from orchestrator.control.traffic import Door, Traffic
+from orchestrator.control.traffic import Ask, Door, Traffic
 from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.lifecycle import Rules
 from orchestrator.policy.model import ModelSpec
 from tests.control.fakes import Clock, FakeEngines, FakeGpus, FakeSources, FakeStore, spec
 from tests.support.eventually import turns
+
+NOTHING = Ask()
 
 
 class WatchedTraffic(Traffic):
@@ -40,13 +42,13 @@ class WatchedTraffic(Traffic):
 class Request:
     """One user's request: waits for its lease, holds it until `finish`."""
 
-    def __init__(self, traffic: Traffic, model: str) -> None:
-        self._end = asyncio.Event()
+    def __init__(self, traffic: Traffic, model: str, ask: Ask = NOTHING) -> None:
+        self._end, self.ask = asyncio.Event(), ask
         self.launch_id: str | None = None
         self.task = asyncio.ensure_future(self._run(traffic, model))
 
     async def _run(self, traffic: Traffic, model: str) -> None:
-        async with traffic.lease(model) as self.launch_id:
+        async with traffic.lease(model, self.ask) as self.launch_id:
             await self._end.wait()
 
     async def finish(self) -> None:
@@ -110,13 +112,17 @@ class World:
         assert self.loop.view is not None
         await self.registry.add(spec(name, **fields), list(self.loop.view.snapshot.gpus.values()), start)
 
-    def request(self, model: str) -> Request:
-        self._requests.append(Request(self.traffic, model))
+    async def limit(self, name: str, **changes: object) -> None:
+        assert self.loop.view is not None
+        await self.registry.limit(name, changes, list(self.loop.view.snapshot.gpus.values()))
+
+    def request(self, model: str, ask: Ask = NOTHING) -> Request:
+        self._requests.append(Request(self.traffic, model, ask))
         return self._requests[-1]
 
-    async def ready(self, model: str) -> Request:
+    async def ready(self, model: str, ask: Ask = NOTHING) -> Request:
         """Have a model started by a request, and hold that."""
-        request = self.request(model)
+        request = self.request(model, ask)
         await self.until(model, State.READY)
         await turns()
         return request

@@ -167,3 +167,40 @@ def test_removes_only_its_own_names(name: str) -> None:
         for other in others:
             (SHM / other).unlink()
         folder.rmdir()
+
+
+# ---- made anew ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, b"", b"x" * 8, b"x" * 24, b"x" * 4096])
+def test_a_segment_is_made_anew_whatever_is_left_of_it(name: str, before: bytes | None) -> None:
+    path = SHM / name
+    if before is not None:
+        path.write_bytes(before)
+    kvcached.restore(name, Segment(30 * MIB, 10 * MIB, 20 * MIB))
+    assert path.read_bytes() == struct.pack("@qqq", 30 * MIB, 10 * MIB, 20 * MIB)
+    assert kvcached.read(name) == Segment(30 * MIB, 10 * MIB, 20 * MIB)
+
+
+def test_one_that_is_made_anew_in_place_stays_the_file_that_its_engine_knows(name: str) -> None:
+    path = make(name, 1, 2, 3)
+    inode = path.stat().st_ino
+    path.write_bytes(b"")
+    kvcached.restore(name, Segment(7 * MIB, 0, 0))
+    assert path.stat().st_ino == inode
+
+
+def test_nothing_is_made_anew_through_a_link_or_under_somebody_elses_lock(name: str, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (SHM / name).symlink_to(precious)
+    with pytest.raises(OSError, match=r".+"):
+        kvcached.restore(name, Segment(1, 2, 3))
+    assert precious.read_text() == "mine"
+    (SHM / name).unlink()
+    path = make(name, 1, 2, 3)
+    with path.open("rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=r".+"):
+            kvcached.restore(name, Segment(4, 5, 6))
+    assert path.read_bytes() == struct.pack("@qqq", 1, 2, 3)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import pwd
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -222,3 +223,12 @@ def test_the_boot_has_a_name() -> None:
     assert processes.boot_id() == processes.boot_id() != ""
     with contextlib.suppress(FileNotFoundError):
         assert processes.boot_id() in Path("/proc/sys/kernel/random/boot_id").read_text()
+
+
+def test_who_a_process_is_for_people(spawn: Spawn) -> None:
+    process, child = spawn("exec sleep 1000")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    eventually_now(lambda: processes.who(process.pid) == f"{user}: sleep (pid {process.pid})", "its user and program")
+    child.kill()
+    child.wait()
+    assert processes.who(process.pid) == f"pid {process.pid}"  # over, or of another pid namespace

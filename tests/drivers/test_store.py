@@ -19,6 +19,11 @@ from orchestrator.policy.stored import Event, Stored
 pytestmark = pytest.mark.asyncio
 
 ROOT = Path(__file__).resolve().parents[2]
+FIRST_SPEC = (  # as the first version wrote it, which did not know of every field of today
+    '{"name":"a","source":"/models/a","aliases":[],"gpus":"auto","tensor_parallel_size":1,"args":[],"env":{},"engine":"default",'
+    '"kv_floor":null,"kv_ceiling":null,"kv_weight":1.0,"priority":2,"pinned":false,"preload":false,"idle_timeout":1800.0,'
+    '"start_timeout":600.0,"max_concurrency":256,"max_queue":512}'
+)
 
 
 def spec(name: str = "a", **fields: object) -> ModelSpec:
@@ -52,6 +57,9 @@ async def test_everything_survives_a_reopen(path: Path) -> None:
         await store.put_model(spec("a"), 1.0)
         await store.set_held("a", True)
         await store.set_held("a", True)  # again is harmless
+        await store.set_overrides("a", {"kv_weight": 2.0})
+        await store.set_overrides("a", {"kv_floor": "2GiB", "priority": -1})
+        await store.set_overrides("of a file", {})
         await store.put_footprint("key", {"start_bytes": 5, "start_s": 1.5})
         await store.put_footprint("key", {"start_bytes": 6, "start_s": 2.5})
         await store.put_engine("l1", {"process": None})
@@ -60,7 +68,9 @@ async def test_everything_survives_a_reopen(path: Path) -> None:
         await store.remove_engine("l2")
         await store.add_events(events)
     async with opened(path) as store:
-        assert await store.load() == Stored((spec("a"), full), frozenset({"a"}), {"key": {"start_bytes": 6, "start_s": 2.5}})
+        overrides = {"a": {"kv_floor": "2GiB", "priority": -1}, "of a file": {}}
+        footprints = {"key": {"start_bytes": 6, "start_s": 2.5}}
+        assert await store.load() == Stored((spec("a"), full), frozenset({"a"}), overrides, footprints)
         assert await store.engines() == {"l1": {"process": [1, 2.25], "log": "/x"}}
         assert await store.events(None, 100) == events
         assert await store.events(None, 2) == events[-2:]
@@ -68,10 +78,11 @@ async def test_everything_survives_a_reopen(path: Path) -> None:
         assert await store.events("nobody", 2) == []
 
 
-async def test_removal_forgets_that_it_was_held(path: Path) -> None:
+async def test_removal_forgets_that_it_was_held_and_what_was_changed(path: Path) -> None:
     async with opened(path) as store:
         await store.put_model(spec("a"), 1.0)
         await store.set_held("a", True)
+        await store.set_overrides("a", {"priority": 1})
         await store.remove_model("a")
         await store.put_model(spec("a"), 2.0)
         assert await store.load() == Stored((spec("a"),))
@@ -85,6 +96,7 @@ async def test_a_model_that_a_config_file_had_overruled_can_be_added_anew(path: 
     async with opened(path) as store:
         await store.put_model(spec("a", aliases=["x"]), 1.0)
         await store.set_held("a", True)
+        await store.set_overrides("a", {"priority": 1})
         await store.put_model(spec("a"), 2.0)
         assert await store.load() == Stored((spec("a"),))
 
@@ -111,6 +123,28 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(path: Path) -
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM models").fetchone() == (1,)
         assert db.execute("PRAGMA user_version").fetchone() == (99,)
+
+
+async def test_a_file_of_the_first_version_is_migrated_and_keeps_its_rows(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(driver.MIGRATIONS[0])
+        db.execute("INSERT INTO models VALUES ('a', ?, 1.0)", (FIRST_SPEC,))
+        db.execute("INSERT INTO held VALUES ('a')")
+        db.execute("INSERT INTO footprints VALUES ('key', '{\"start_bytes\": 6}')")
+        db.execute("INSERT INTO engines VALUES ('l1', '{\"process\": null}')")
+        db.execute("INSERT INTO events (at, model, kind, reason) VALUES (1.5, 'a', 'ready', 'why')")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    for _ in range(2):  # the second time nothing is left to migrate
+        async with opened(path) as store:
+            assert await store.load() == Stored((spec("a", priority=2),), frozenset({"a"}), {}, {"key": {"start_bytes": 6}})
+            assert await store.engines() == {"l1": {"process": None}}
+            assert await store.events(None, 9) == [Event(1.5, "a", "ready", "why")]
+    async with opened(path) as store:
+        await store.set_overrides("a", {"priority": 1})
+        assert (await store.load()).overrides == {"a": {"priority": 1}}
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(driver.MIGRATIONS),)
 
 
 async def test_what_is_no_database_is_refused_and_left_alone(path: Path) -> None:
@@ -148,6 +182,7 @@ async def test_a_file_that_may_not_be_written_changes_nothing(path: Path) -> Non
             store.put_model(spec("b"), 2.0),
             store.remove_model("a"),
             store.set_held("a", True),
+            store.set_overrides("a", {"priority": 1}),
             store.put_footprint("k", {}),
             store.put_engine("l", {}),
             store.add_events([Event(0.0, "a", "ready", "")]),

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +116,11 @@ class Daemon:
         assert self.process is not None
         self.process.send_signal(number)
 
+    def kill(self) -> None:
+        """As a crash does it: engines go on."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
     def wait(self) -> int:
         assert self.process is not None
         return self.process.wait(DEADLINE_S)
@@ -133,6 +138,19 @@ class Daemon:
             path.unlink(missing_ok=True)
         for path in self.worker_folders():
             shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def engines_held(self) -> Iterator[None]:
+        """Engines stand still meanwhile: a request that runs does not end before the test has seen what it wants to see."""
+        held = self.engine_processes()
+        for process in held:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in held:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     # ---- what there is --------------------------------------------------------------------------------------------
 
@@ -175,11 +193,17 @@ class Daemon:
     # ---- talking --------------------------------------------------------------------------------------------------
 
     def get(self, path: str) -> Any:
+        return self._call("GET", path)
+
+    def post(self, path: str, given: Any) -> Any:
+        return self._call("POST", path, json.dumps(given))
+
+    def _call(self, method: str, path: str, given: str | None = None) -> Any:
         with contextlib.closing(_Unix(self.admin)) as connection:
-            connection.request("GET", f"/api/v1{path}")
+            connection.request(method, f"/api/v1{path}", given)
             answer = connection.getresponse()
             body = json.loads(answer.read())
-            assert answer.status == 200, body
+            assert answer.status in (200, 201), body
             return body
 
     def model(self, name: str) -> Any:

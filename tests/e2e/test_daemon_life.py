@@ -29,13 +29,14 @@ def test_sigterm_while_streaming_finishes_the_stream_then_ends_all(fresh: Fresh,
     openai_client = client(daemon)
     with openai_client.completions.create(model=name, prompt="x", max_tokens=400, stream=True) as chunks:
         texts = [next(iter(chunks)).choices[0].text]
-        daemon.signal(signal.SIGTERM)
-        eventually(lambda: "stopping: engines finish" in daemon.log.read_text(), "the daemon has the signal")
-        daemon.until_state(name, "draining")
-        with pytest.raises(openai.InternalServerError) as refused:
-            openai_client.completions.create(model=name, prompt="x", max_tokens=1)
-        assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
-        assert daemon.engine_processes(), "the engine was ended under a request"
+        with daemon.engines_held():
+            daemon.signal(signal.SIGTERM)
+            eventually(lambda: "stopping: engines finish" in daemon.log.read_text(), "the daemon has the signal")
+            daemon.until_state(name, "draining")
+            with pytest.raises(openai.InternalServerError) as refused:
+                openai_client.completions.create(model=name, prompt="x", max_tokens=1)
+            assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+            assert daemon.engine_processes(), "the engine was ended under a request"
         last = None
         for chunk in chunks:
             texts.append(chunk.choices[0].text)
@@ -57,7 +58,7 @@ def test_while_the_daemon_ends_no_model_is_said_not_to_exist(fresh: Fresh, clien
     daemon.add(busy)
     daemon.add(idle, "--no-start")
     openai_client = client(daemon)
-    with openai_client.completions.create(model=busy, prompt="x", max_tokens=400, stream=True):
+    with openai_client.completions.create(model=busy, prompt="x", max_tokens=400, stream=True), daemon.engines_held():
         daemon.signal(signal.SIGTERM)
         daemon.until_state(busy, "draining")
         with pytest.raises(openai.APIStatusError) as refused:
@@ -98,7 +99,7 @@ def test_what_died_with_the_daemon_is_cleaned_up_by_the_next_one(fresh: Fresh) -
     assert set(daemon.remains()) >= {"segments", "socket folders"}
     daemon.start()
     eventually(lambda: daemon.remains() == {}, f"nothing is left: {daemon.remains()}")
-    assert daemon.model(daemon.name("a"))["state"] == "stopped"
+    daemon.until_state(daemon.name("a"), "stopped")
 
 
 def test_a_second_daemon_is_refused_and_the_first_goes_on(daemon: Daemon) -> None:

@@ -42,7 +42,7 @@ def test_an_engine_that_dies_at_its_start(daemon: Daemon) -> None:
     assert f"{name} failed to start" in done.stderr
     assert "RuntimeError: simulated failure at start" in done.stderr  # its own last words
     assert f"orchestratorctl logs {name}" in done.stderr
-    assert daemon.model(name)["state"] in ("backoff", "stopping", "starting")
+    assert daemon.model(name)["state"] in ("backoff", "stopping", "starting", "waiting", "failed")
     assert "simulated failure at start" in daemon.ctl("logs", name).stdout
     assert daemon.ctl("rm", name).returncode == 0
     eventually(lambda: daemon.remains() == {}, f"nothing is left; {daemon.remains()}")
