@@ -2,11 +2,13 @@
 
     main.py      the group of verbs, and the one place where an error becomes an exit code
     change.py    verbs that change something: add-model, rm, start, stop
-    look.py      verbs that look: ls, ps, describe, logs, status
+    limit.py     the verb that changes a model's KV bounds while it runs
+    look.py      verbs that look: ls, ps, describe, explain, logs, status
     options.py   options that all verbs share, and the kinds of values they take
     wait.py      follow a model to ready, stopped or removed; progress.py draws it meanwhile
     client.py    HTTP over a unix socket or TCP; target.py finds the daemon
-    describe.py  the long page about one model; tables.py the short ones; screen.py stdout and stderr
+    describe.py  the long page about one model; explain.py the one about GPU memory; tables.py the short ones
+    screen.py    stdout and stderr
     exits.py     exit codes, and the error that carries one
 
 The rule: fast to start (only click and the standard library at module top), and stdout carries data alone.

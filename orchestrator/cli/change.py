@@ -57,7 +57,7 @@ class AddModel(click.Command):
 @click.option(
     "--kv-floor",
     metavar="SIZE",
-    help="KV memory per GPU it always has while it runs, like 2GiB. [default: one full-length request]",
+    help="KV memory per GPU it always has while it runs, like 2GiB. [default: one request of 8,192 tokens]",
 )
 @click.option("--kv-ceiling", metavar="SIZE", help="KV memory per GPU it may never exceed. [default: what the card leaves]")
 @click.option(

@@ -70,6 +70,13 @@ class Client:
             raise _stranger("knows no models", self.target)
         return found
 
+    def explained(self) -> Json:
+        """Under `gpus`: each GPU with its lines and pools."""
+        found = self.get("/explain")
+        if not isinstance(found.get("gpus"), list):
+            raise _stranger("explains no GPUs", self.target)
+        return found
+
     def send(self, method: str, path: str, body: Json | None = None) -> Json:
         with self.open(method, path, body) as answer:
             return answer.json()

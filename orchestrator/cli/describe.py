@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli.exits import Json
+from orchestrator.cli.exits import Json, hint
 from orchestrator.cli.tables import duration, gpu_table, gpus, size, state
 
 LABEL = 14  # the longest label and two blanks
 SIZES = ("kv_floor", "kv_ceiling")
-DURATIONS = ("idle_timeout", "start_timeout")
+DURATIONS = ("idle_timeout", "idle_trim", "start_timeout")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD")
 
 
@@ -25,6 +25,7 @@ def model_page(model: Json) -> str:
         ("KV pool", _pool(model.get("pool"))),
         ("Footprint", _footprint(model.get("footprint"))),
         ("Spec", _spec(model.get("spec") or {})),
+        ("Overrides", _overrides(model)),
         ("Events", _events(model.get("events") or [])),
     ):
         if lines:
@@ -37,7 +38,7 @@ def status_page(status: Json) -> str:
     counts = status.get("models") or {}
     gpus_seen: list[Json] = status.get("gpus") or []
     simulated = status.get("gpu_source") == "simulated"
-    head = _rows(
+    head = labelled(
         [
             (
                 "Daemon",
@@ -77,7 +78,7 @@ def _head(model: Json) -> str:
         "api": "api: added at runtime, kept over restarts",
     }
     idle = model.get("idle_s")
-    return _rows(
+    return labelled(
         [
             ("Name", model.get("name")),
             ("Aliases", ", ".join(model.get("aliases") or ())),
@@ -102,7 +103,7 @@ def _failure(failure: Json | None) -> list[str]:
         ("Count", f"{count} in a row"),
         ("Next try", None if retry is None else f"in {duration(retry)}"),
     ]
-    return [*_rows(head).splitlines(), *failure_lines(failure)]
+    return [*labelled(head).splitlines(), *failure_lines(failure)]
 
 
 def _engine(engine: Json | None) -> list[str]:
@@ -110,7 +111,7 @@ def _engine(engine: Json | None) -> list[str]:
         return []
     phase = phase_text(engine)
     expected = engine.get("expected_start_s")
-    return _rows(
+    return labelled(
         [
             ("PID", engine.get("pid")),
             ("Up", duration(engine.get("up_s"))),
@@ -136,16 +137,21 @@ def phase_text(engine: Json) -> str:
 def _pool(pool: Json | None) -> list[str]:
     if not pool:
         return []
-    reason = bare(pool.get("reason") or "")
-    return _rows(
+    return labelled(
         [
             ("Used", f"{size(pool.get('used_bytes'))}, and {size(pool.get('prealloc_bytes'))} preallocated"),
-            ("Limit", f"{size(pool.get('limit_bytes'))} ({pool.get('status')}{': ' + reason if reason else ''})"),
+            ("Limit", limit_text(pool)),
             ("Floor", size(pool.get("floor_bytes"))),
             ("Ceiling", size(pool.get("ceiling_bytes"))),
             ("Page bundle", size(pool.get("bundle_bytes"))),
         ]
     ).splitlines()
+
+
+def limit_text(pool: Json) -> str:
+    """`20.0GiB (draining: above its ceiling)`."""
+    reason = bare(pool.get("reason") or "")
+    return f"{size(pool.get('limit_bytes'))} ({pool.get('status')}{': ' + reason if reason else ''})"
 
 
 def _footprint(footprint: Json | None) -> list[str]:
@@ -158,17 +164,26 @@ def _footprint(footprint: Json | None) -> list[str]:
         ("total", f"{size(footprint.get('total_bytes'))} ({footprint.get('source')})"),
         ("start takes", start and duration(start)),
     ]
-    return _rows(rows).splitlines()
+    return labelled(rows).splitlines()
 
 
 def _spec(spec: Json) -> list[str]:
-    rows = [(key, _spec_value(key, value)) for key, value in spec.items() if value not in (None, [], {})]
+    rows = [(key, spec_value(key, value)) for key, value in spec.items() if value not in (None, [], {})]
     if "idle_timeout" in spec and spec["idle_timeout"] is None:
         rows.append(("idle_timeout", "never"))
-    return _rows(rows).splitlines()
+    return labelled(rows).splitlines()
 
 
-def _spec_value(key: str, value: object) -> str:
+def _overrides(model: Json) -> list[str]:
+    """Bounds that `limit` changed; they win over the spec."""
+    overrides: Json = model.get("overrides") or {}
+    if not overrides:
+        return []
+    back = ("back to spec", hint("limit --reset", str(model.get("name"))))
+    return labelled([*((key, spec_value(key, value)) for key, value in overrides.items()), back]).splitlines()
+
+
+def spec_value(key: str, value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={'***' if any(word in name.upper() for word in SECRET) else each}" for name, each in value.items())
     if isinstance(value, list):
@@ -191,7 +206,7 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}ms"
 
 
-def _rows(rows: Sequence[tuple[str, object]]) -> str:
+def labelled(rows: Sequence[tuple[str, object]]) -> str:
     """`label  value` lines; a row without a value is left out, a value of several lines is indented under its first."""
     wide = max([LABEL, *(len(label) + 2 for label, value in rows if value not in (None, ""))])
     indent = "\n" + " " * wide

@@ -1,12 +1,17 @@
-"""Verbs that look: ls, ps, describe, logs, status. They change nothing, and their data goes to stdout."""
+"""Verbs that look: ls, ps, describe, explain, logs, status. They change nothing, and their data goes to stdout."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli import describe as pages
+from orchestrator.cli import explain as gpu_pages
 from orchestrator.cli import options, screen, tables
-from orchestrator.cli.exits import INTERRUPTED, NOT_RUNNING, CliError, hint
+from orchestrator.cli.exits import INTERRUPTED, NOT_FOUND, NOT_RUNNING, USAGE, CliError, Json, hint
+
+if TYPE_CHECKING:
+    from orchestrator.cli.client import Client
 
 
 @click.command()
@@ -74,6 +79,76 @@ def describe(call: options.Call, name: str) -> None:
     if call.json:
         return screen.out_json(model)
     screen.out(pages.model_page(model))
+
+
+@click.command()
+@click.argument("what", metavar="[GPU|MODEL]", required=False, shell_complete=options.model_names)
+@options.shared
+@click.pass_obj
+def explain(call: options.Call, what: str | None) -> None:
+    """Show who has a GPU's memory, and why each limit is what it is.
+
+    GPU is an index, a UUID or the beginning of one; MODEL a name or alias; without either, every GPU is shown. The
+    lines of a GPU add up to the card: `reserve` is kept free, `foreign` belongs to processes that are not ours,
+    `fixed` is an engine's weights and context, `kv` the KV memory it has mapped, `claim` is promised to an engine
+    that starts, `room` is free for KV to grow into (below zero: memory is missing). For a MODEL, all that is not its
+    own is one line, `others`.
+
+    Then each KV pool: what it may take (LIMIT) and holds (USED, PREALLOC), the bounds of its limit (FLOOR, CEILING),
+    what it could use now (DEMAND), where the daemon wants its limit (TARGET), the reason, and what would change it.
+
+    \b
+    Examples:
+      orchestratorctl explain
+      orchestratorctl explain 0
+      orchestratorctl explain qwen
+      orchestratorctl explain --json | jq '.gpus[].lines[] | select(.what == "foreign")'
+    """
+    client = call.client()
+    found = client.explained()
+    gpus, model = (found["gpus"], None) if what is None else _chosen(client, found["gpus"], what)
+    if call.json:
+        return screen.out_json({**found, "gpus": gpus})
+    no_pool = f"{model['name']} is {model.get('state')} and has no KV pool here" if model else "no KV pool on this GPU"
+    screen.out(gpu_pages.page(gpus, no_pool))
+
+
+def _chosen(client: "Client", gpus: list[Json], what: str) -> tuple[list[Json], Json | None]:
+    """The GPUs that `what` means, and the model where it means one. A name wins over the beginning of a UUID."""
+    if exact := gpu_pages.named(gpus, options.gpu(what)):
+        return exact, None
+    from orchestrator.cli.client import model_path
+
+    try:
+        model = client.get(model_path(what))
+    except CliError as fault:
+        if fault.exit_code != NOT_FOUND:
+            raise
+        return _beginning(gpus, what, fault), None
+    concerned = [part for part in (gpu_pages.about(gpu, model) for gpu in gpus) if part is not None]
+    if not concerned:
+        reason = f": {gpu_pages.plain(model['reason'])}" if model.get("reason") else ""
+        raise CliError(
+            f"{model['name']} is {model.get('state')} and has no GPU memory{reason}",
+            NOT_RUNNING,
+            code="not_running",
+            lines=[f"{hint('describe', model['name'])} says more; `orchestratorctl explain` shows who has the memory"],
+            body={"param": "name", "model": model},
+        )
+    return concerned, model
+
+
+def _beginning(gpus: list[Json], text: str, fault: CliError) -> list[Json]:
+    """The one GPU whose UUID begins so; `fault` is the daemon's word that no model is called so."""
+    begun = gpu_pages.beginning(gpus, text)
+    if len(begun) == 1:
+        return begun
+    listed = [f"  GPU {gpu.get('index')}: {gpu.get('uuid')}" for gpu in begun or gpus]
+    if begun:
+        message = f"{text!r} begins the UUIDs of {len(begun)} GPUs: write more of it, or the index"
+        raise CliError(message, USAGE, code="usage", lines=listed, body={"param": "what"})
+    lines = [*fault.lines, "nor is it a GPU; there are:", *(listed or ["  none"])]
+    raise CliError(fault.message, NOT_FOUND, code=str(fault.body["code"]), lines=lines, body=fault.body)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import change, look, options, screen
+from orchestrator.cli import change, limit, look, options, screen
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -141,9 +141,11 @@ for verb in (
     change.rm,
     change.start,
     change.stop,
+    limit.limit,
     look.ls,
     look.ps,
     look.describe,
+    look.explain,
     look.logs,
     look.status,
 ):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.cli.client import Client
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 
 class Call:
@@ -106,6 +107,24 @@ def weight(text: str) -> float:
     if not (number > 0 and math.isfinite(number)):
         raise click.BadParameter(f"{text!r} is not a number above 0: write it like 2 or 0.5")
     return number
+
+
+def priority(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,4}", text.strip()):
+        raise click.BadParameter(f"{text!r} is not a whole number: write it like 2 or -1")
+    return int(text)
+
+
+DEFAULT = "default"
+
+
+def or_default(kind: Callable[[str], Value]) -> Callable[[str], Value | str]:
+    """`default`, which gives a bound back to the spec, or a value of this kind."""
+
+    def convert(text: str) -> Value | str:
+        return DEFAULT if text.strip().lower() == DEFAULT else kind(text)
+
+    return convert
 
 
 def variable(text: str) -> tuple[str, str]:

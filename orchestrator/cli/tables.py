@@ -22,6 +22,8 @@ COLOURS = {
 def size(value: float | None) -> str:
     if value is None:
         return "-"
+    if value < 0:
+        return f"-{size(-value)}"
     if value == 0 or MIB <= value < 1023.5 * MIB:
         return f"{value / MIB:.0f}MiB"
     return f"{value / MIB:.1f}MiB" if 0 < value < MIB else f"{value / GIB:.1f}GiB"

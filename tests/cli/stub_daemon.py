@@ -4,10 +4,11 @@ Serves HTTP/1.1 with chunked streams, as the daemon does, on a unix socket or a 
 keeps a stream open and silent until the test ends; a step that is an Event waits for the test to set it.
 """
 
+import itertools
 import json
 import socketserver
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -133,6 +134,46 @@ def gpu(index: int = 0, **more: Any) -> Json:
     }
 
 
+def line(what: str, amount: int, of: str | None = None, who: str | None = None, why: str = "because") -> Json:
+    return {"what": what, "who": who, "model": of, "bytes": amount, "why": why}
+
+
+def explained(index: int = 0, **more: Any) -> Json:
+    """A GPU of `explain`: 140 GiB, of which qwen has 54, night is promised 9, and alice holds 10."""
+    return {
+        "index": index,
+        "uuid": f"GPU-{index}a-beef",
+        "name": "NVIDIA H200",
+        "error": None,
+        "total_bytes": 140 * GIB,
+        "lines": [
+            line("reserve", 2 * GIB, why="kept free"),
+            line("foreign", 10 * GIB, who="alice: python3 (pid 4711)", why="not ours"),
+            line("fixed", 34 * GIB, "qwen", why="weights and context"),
+            line("kv", 20 * GIB, "qwen", why="KV it has mapped"),
+            line("claim", 9 * GIB, "night", why="it is starting"),
+            line("room", 65 * GIB, why="free for KV to grow into"),
+        ],
+        "pool_bytes": 85 * GIB,
+        "pools": [explained_pool()],
+        **more,
+    }
+
+
+def explained_pool(**more: Any) -> Json:
+    return {
+        "model": "qwen",
+        "launch_id": "a1b2",
+        **pool(reason="it needs more"),
+        "target_bytes": 24 * GIB,
+        "demand_bytes": 22 * GIB,
+        "charge_bytes": 20 * GIB,
+        "weight": 2.0,
+        "change": "alice's memory coming back",
+        **more,
+    }
+
+
 def status(**more: Any) -> Json:
     return {
         "version": "0.1.0",
@@ -151,10 +192,19 @@ def status(**more: Any) -> Json:
 
 
 class StubDaemon:
-    """`models` answer ls and describe, `watches` a watch, `logs` the engine's output; `replies` override any call."""
+    """`models` answer ls and describe, `gpus` explain, `watches` a watch, `logs` the engine's output.
+
+    `replies` override any call. `looks` are the loop's ticks, one for each question for the status; two after its bounds
+    were changed a model has become `limited`.
+    """
 
     def __init__(self, server: socketserver.BaseServer) -> None:
         self.models: list[Json] = []
+        self.gpus: list[Json] = [explained()]
+        self.limited: Json | None = None
+        self.looks: Iterator[int] = itertools.count(13)
+        self._ticks = 12
+        self._limited_at: int | None = None
         self.watches: dict[str, list[object]] = {}
         self.logs: dict[str, list[object]] = {}
         self.replies: dict[tuple[str, str], Reply] = {}
@@ -182,7 +232,10 @@ class StubDaemon:
         if reply := self.replies.get((request.method, path)):
             return reply
         if path == "/status":
-            return Reply(200, status())
+            self._ticks = next(self.looks)
+            return Reply(200, status(loop={"ticks": self._ticks, "last_ms": 1.25, "errors": 0}))
+        if path == "/explain":
+            return Reply(200, {"gpus": self.gpus})
         if path == "/models":
             return Reply(201, model(request.body["name"], "stopped")) if request.method == "POST" else Reply(200, {"models": self.models})
         name, _, verb = path.removeprefix("/models/").partition("/")
@@ -193,9 +246,14 @@ class StubDaemon:
             return self.watches[name]
         if verb == "logs" and name in self.logs:
             return self.logs[name]
-        known = [each for each in self.models if each["name"] == name]
+        known = [each for each in self.models if name in (each["name"], *each["aliases"])]
         if not known:
             return error(404, f"the model {name!r} does not exist", "model_not_found")
+        if verb == "limit":
+            self._limited_at = self._ticks + 2
+            return Reply(200, known[0])
+        if self.limited is not None and self._limited_at is not None and self._ticks >= self._limited_at:
+            return Reply(200, self.limited)
         return Reply(200 if method == "GET" else 202, known[0])
 
 

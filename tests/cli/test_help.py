@@ -15,7 +15,7 @@ from .conftest import Ctl
 from .running import DEADLINE_S, environment, run
 from .stub_daemon import StubDaemon, model
 
-VERBS = ("add-model", "rm", "start", "stop", "ls", "ps", "describe", "logs", "status")
+VERBS = ("add-model", "rm", "start", "stop", "limit", "ls", "ps", "describe", "explain", "logs", "status")
 
 
 def test_the_verbs() -> None:

@@ -20,6 +20,7 @@ MIB, GIB = 1 << 20, 1 << 30
         (1024 * MIB - 1, "1.0GiB"),
         (GIB, "1.0GiB"),
         (140 * GIB + GIB // 2, "140.5GiB"),
+        (-640 * MIB, "-640MiB"),
     ],
 )
 def test_size(bytes_: int | None, shown: str) -> None:
