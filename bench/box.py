@@ -19,12 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from orchestrator.cli.client import Client
+from orchestrator.cli.client import Client, model_path
 from orchestrator.cli.exits import CliError
 from orchestrator.cli.target import Target
 
 ROOT = Path(__file__).parents[1]
-START_S, STOP_S = 30.0, 60.0
+START_S, STOP_S, CTL_S = 30.0, 60.0, 300.0
 SAMPLE_S = 0.2
 
 
@@ -39,11 +39,15 @@ class Sample:
 
 @dataclass
 class Box:
-    """`env`: more ORCH_ settings. `configs`: config files. `log`: where the daemon's own log goes (a copy that is kept)."""
+    """`env`: more ORCH_ settings. `configs`: config files. `log`: where the daemon's own log goes (a copy that is kept).
+
+    `sampled`: look at it five times a second from the start; off where the daemon's own work is what is measured.
+    """
 
     env: Mapping[str, str] = field(default_factory=dict)
     configs: Sequence[Path] = ()
     log: Path | None = None
+    sampled: bool = True
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="orch-", dir="/tmp"))  # short: unix socket paths are
@@ -74,7 +78,8 @@ class Box:
             raise
         self._began = time.monotonic()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
+        if self.sampled:
+            self._sampler.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -93,11 +98,12 @@ class Box:
     def url(self) -> str:
         return str(self.status()["listen"]) + "/v1"
 
-    def ctl(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """orchestratorctl as a command. Raises RuntimeError with its words if it fails."""
+    def ctl(self, *words: str, check: bool = True, timeout_s: float = CTL_S) -> subprocess.CompletedProcess[str]:
+        """orchestratorctl as a command. Raises RuntimeError with its words if it fails, TimeoutExpired if it takes too long."""
         done = subprocess.run(
             [sys.executable, "-m", "orchestrator.cli", "--host", str(self.socket), *words],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+            timeout=timeout_s,
         )  # fmt: skip
         if check and done.returncode:
             raise RuntimeError(f"orchestratorctl {' '.join(words)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
@@ -108,6 +114,31 @@ class Box:
 
     def models(self) -> dict[str, Mapping[str, Any]]:
         return {model["name"]: model for model in self._client().models()["models"]}
+
+    def limit(self, name: str, **bounds: int | None) -> None:
+        """New bounds (kv_ceiling=…) for a model that runs; None: back to its spec. Returns when they are taken, not when in force."""
+        self._client().send("POST", model_path(name, "/limit"), bounds)
+
+    def events(self) -> list[Mapping[str, Any]]:
+        """The newest 1000 things that happened, as the daemon tells them."""
+        return list(self._client().get("/events?tail=1000")["events"])
+
+    def logs(self) -> Path:
+        """The folder of the engines' logs; gone with the box."""
+        return self.folder / "state/logs"
+
+    def until_ready(self, names: Sequence[str], timeout_s: float) -> None:
+        """Raises RuntimeError with what is not ready by then, and why."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            models = self.models()
+            late = {name: models.get(name, {}) for name in names if models.get(name, {}).get("state") != "ready"}
+            if not late:
+                return
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                why = "; ".join(f"{name}: {model.get('state')}: {model.get('reason')}" for name, model in late.items())
+                raise RuntimeError(f"not ready after {timeout_s:.0f}s: {why}")
+            time.sleep(0.3)
 
     def samples(self) -> list[Sample]:
         return list(self._samples)

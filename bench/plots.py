@@ -1,4 +1,5 @@
-"""Pictures of a run: one GPU's memory over time, stacked by what holds it, and each engine's KV use under its limit."""
+"""Pictures of a run: one GPU's memory over time, stacked by what holds it, with each engine's KV use under its limit;
+and all grabs of a foreign process laid over each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from bench.box import Sample
+from bench.card import Row
 
 GIB = 1 << 30
 COLOURS = ("#3b6fb6", "#d1812b", "#4c9a57", "#a94a58", "#7a62a8", "#7d7d7d")
@@ -94,3 +96,27 @@ def _mapped(sample: Sample, model: str) -> float:
 def _pale(colour: str) -> str:
     red, green, blue = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * 0.6):02x}" for part in (red, green, blue))
+
+
+def grabs(rows: Sequence[Row], taken: Sequence[float], before_s: float, after_s: float, title: str, path: Path) -> None:
+    """All grabs laid over each other: what the limits may be together (P), and what they are. Zero is when the memory was gone."""
+    figure, axes = plt.subplots(1, 1, figsize=(9, 4.2), layout="constrained")
+    for index, at in enumerate(taken):
+        near = [row for row in rows if -before_s <= row.at - at <= after_s]
+        seconds = [row.at - at for row in near]
+        labels = ("pool memory P", "limits together", "KV mapped") if index == 0 else (None, None, None)
+        axes.plot(seconds, [row.pool / GIB for row in near], color="#222222", linewidth=0.7, alpha=0.6, label=labels[0])
+        axes.step(seconds, [row.limit / GIB for row in near], where="post", color=COLOURS[0], linewidth=0.9, alpha=0.6, label=labels[1])
+        mapped = [sum(size or 0 for size in row.mapped.values()) / GIB for row in near]
+        axes.plot(seconds, mapped, color=COLOURS[2], linewidth=0.7, alpha=0.6, label=labels[2])
+    axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("seconds after the foreign process had its memory")
+    axes.set_ylabel("GiB")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    axes.grid(axis="y", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -3,10 +3,11 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def write(
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank: a value that was measured, never one between two. With fewer than 100 values the 99th is the largest."""
+    if not values:
+        raise ValueError("no values were measured")
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _commit() -> str | None:

@@ -1,10 +1,13 @@
 """What users do, through the endpoint and with the official openai client."""
 
 import asyncio
+import itertools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from openai import AsyncOpenAI
+import httpx2
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,25 @@ class Answer:
     error: str | None = None
 
 
-def client(url: str) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
+def client(url: str, timeout_s: float = 600) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=timeout_s)
 
 
-async def ask(api: AsyncOpenAI, model: str, prompt_tokens: int, max_tokens: int, stream: bool) -> Answer:
-    """One completion of exactly max_tokens tokens (ignore_eos), about `prompt_tokens` tokens in."""
+def engine_client(socket: Path, timeout_s: float = 600) -> AsyncOpenAI:
+    """Straight to a vLLM that listens on a unix socket."""
+    transport = httpx2.AsyncHTTPTransport(uds=str(socket), limits=httpx2.Limits(max_connections=1000, max_keepalive_connections=100))
+    http = DefaultAsyncHttpxClient(transport=transport)
+    return AsyncOpenAI(base_url="http://engine/v1", api_key="none", max_retries=0, timeout=timeout_s, http_client=http)
+
+
+async def ask(api: AsyncOpenAI, model: str, prompt_tokens: int, max_tokens: int, stream: bool, salt: str = "") -> Answer:
+    """One completion of exactly max_tokens tokens (ignore_eos), about `prompt_tokens` tokens in.
+
+    `salt` begins the prompt: requests with the same one share their KV through the engine's prefix cache, others do not.
+    """
     began = time.monotonic()
     first: float | None = None
-    prompt = "x " * (prompt_tokens // 2)
+    prompt = (salt + "x " * (prompt_tokens // 2))[: max(prompt_tokens, 1)] if salt else "x " * (prompt_tokens // 2)
     try:
         if stream:
             text, tokens = "", 0
@@ -55,3 +68,18 @@ async def ask(api: AsyncOpenAI, model: str, prompt_tokens: int, max_tokens: int,
 async def burst(api: AsyncOpenAI, model: str, requests: int, prompt_tokens: int, max_tokens: int) -> list[Answer]:
     """`requests` at once, every second one streamed."""
     return list(await asyncio.gather(*(ask(api, model, prompt_tokens, max_tokens, n % 2 == 0) for n in range(requests))))
+
+
+async def at_most(
+    api: AsyncOpenAI, model: str, requests: int, together: int, prompt_tokens: int, max_tokens: int, salt: str
+) -> list[Answer]:
+    """`requests` of the same size with prompts of their own, `together` at a time, none of them streamed."""
+    numbers = itertools.count()
+
+    async def worker() -> list[Answer]:
+        answers = []
+        while (number := next(numbers)) < requests:
+            answers.append(await ask(api, model, prompt_tokens, max_tokens, False, f"{salt} {number} "))
+        return answers
+
+    return [answer for several in await asyncio.gather(*(worker() for _ in range(together))) for answer in several]

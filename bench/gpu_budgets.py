@@ -1,0 +1,209 @@
+"""gpu-budgets: what the limits are worth on a GPU: an idle engine's memory, grabs by others, starved requests, throughput.
+
+Parts: idle (one engine alone, empty and after a burst), grabs (three engines under load, a foreign process takes and gives back),
+wedge (a request that must wait for its limit), throughput (through the daemon against a plain vLLM). Each is bounded in time; one
+that fails is noted and the others go on; results are written after each.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import grabs, plots, results, throughput, wedge
+from bench.box import Box
+from bench.demo import QWEN, SHAPES
+from bench.folders import of_shape, of_unknown_length
+from bench.scene import MIB, Part, Scene
+from bench.workloads import at_most, client
+
+BURST = (48, 3000, 128)  # requests, prompt tokens, answer tokens
+IDLE_S, STILL_S = 40.0, 15.0  # wait for an idle engine at most so long, and until it has not shrunk for so long
+SUMS = ("failed_requests", "dead_engines")  # over all parts
+LENGTH = "32768"  # tokens: --max-model-len of every engine
+
+
+def idle(scene: Scene, budget_s: float) -> Part:
+    """One engine alone on the card: what NVML shows above the empty card."""
+    name = next(iter(scene.models))
+    scene.up([name])
+    part = Part(figures={"empty_mib": scene.empty_bytes / MIB, "idle_05b_ready_mib": _above(scene, scene.settled(IDLE_S / 2, STILL_S / 3))})
+    scene.mark("burst")
+    answers = asyncio.run(_burst(scene, name))
+    failed = [answer.error for answer in answers if answer.error]
+    after = scene.used_bytes()
+    scene.mark("pause")
+    began = time.monotonic()
+    least = scene.settled(min(IDLE_S, budget_s), STILL_S)
+    part.figures |= {
+        "idle_05b_mib": _above(scene, least),
+        "idle_after_burst_mib": _above(scene, after),
+        "idle_pause_s": time.monotonic() - began,
+    }
+    part.notes["idle_pool"] = scene.pool(name)
+    part.notes["idle_errors"] = failed[:3]
+    part.figures["failed_requests"] = len(failed)
+    part.passed["the idle part's burst was answered"] = not failed
+    return part
+
+
+PARTS: dict[str, tuple[Callable[[Scene, float], Part], float]] = {  # and how long each may take, engine starts apart
+    "idle": (idle, 70.0),
+    "grabs": (grabs.run, 150.0),
+    "wedge": (wedge.run, 70.0),
+    "throughput": (throughput.run, 130.0),
+}
+
+
+def main(argv: list[str]) -> int:
+    options = _options(argv)
+    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
+        if options.simulated:
+            options.model = [(name, str(of_shape(Path(folder) / name, QWEN | SHAPES[name]))) for name in SHAPES]
+            options.out = options.out or Path(tempfile.mkdtemp(prefix="orch-gpu-budgets-"))
+            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
+        options.out = options.out or results.RESULTS
+        options.out.mkdir(parents=True, exist_ok=True)
+        options.wedge_folder = of_unknown_length(Path(folder) / "unknown-length", Path(options.model[0][1]))
+        return _run(options, "python -m bench gpu-budgets " + " ".join(argv))
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu-budgets", description=__doc__)
+    parser.add_argument("--engine-python", type=Path, help="python of the engine venv; not needed with --simulated")
+    parser.add_argument(
+        "--model", nargs=2, action="append", metavar=("NAME", "FOLDER"), help="three times; the first is the one that is measured alone"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order (default: %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=480.0, help="the whole run; parts that no longer fit are left out")
+    parser.add_argument("--grabs", type=int, default=20)
+    parser.add_argument("--grab-gib", type=float, default=20.0)
+    parser.add_argument("--base-gib", type=float, default=0.0, help="held by the foreign process all the time, so that the card is small")
+    parser.add_argument("--clients", type=int, default=24, help="for each model, while others grab memory")
+    parser.add_argument("--scale", type=float, default=1.0, help="of those clients' prompts and answers")
+    parser.add_argument("--requests", type=int, default=512, help="of one round of the throughput part")
+    parser.add_argument("--together", type=int, default=64, help="of these at once")
+    parser.add_argument("--wedge-tokens", type=int, default=24000, help="prompt of the request that must wait: more than two bundles hold")
+    parser.add_argument("--simulated", action="store_true", help="on a simulated GPU: tries the code, measures nothing")
+    options = parser.parse_args(argv)
+    options.engine_env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    options.parts = [part for part in options.parts.split(",") if part]
+    if unknown := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"--parts: {', '.join(unknown)} is not one of {', '.join(PARTS)}")
+    if options.simulated and options.out and options.out.resolve() == results.RESULTS:
+        parser.error("--out: results of a simulated run are not kept in bench/results")
+    if not options.simulated:
+        if options.engine_python is None or not options.model:
+            parser.error("--engine-python and --model are needed (or --simulated)")
+        if not options.engine_python.exists():
+            parser.error(f"--engine-python: there is no {options.engine_python}")
+    return options
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    began = time.monotonic()
+    models = dict(options.model)
+    for name, folder in list(models.items()):  # three engines at least: the first shape again under another name
+        if len(models) < 3:
+            models[f"{name}-again"] = folder
+    args = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", LENGTH]
+    whole = Part(notes={"parts": {}, "models": models, "simulated": options.simulated})
+    with Box(_settings(options, args), log=options.out / "gpu-budgets.daemon.log") as box:
+        scene = Scene(box, options, models, args)
+        for name in options.parts:
+            run, budget_s = PARTS[name]
+            left = options.limit_s - (time.monotonic() - began)
+            whole.notes["parts"][name] = _one(scene, whole, name, run, min(budget_s, left - 20))
+            _write(scene, whole, command)
+        whole.notes["parts"]["end"] = _one(scene, whole, "end", _end, 30.0)
+        if not all(whole.passed.values()):
+            scene.keep_logs()
+        whole.figures["minutes"] = (time.monotonic() - began) / 60
+        path = _write(scene, whole, command)
+        _picture(scene)
+    print()
+    for key, value in whole.figures.items():
+        print(f"{key:32} {value:12.3f}")
+    for text, ok in whole.passed.items():
+        print(f"{'ok    ' if ok else 'FAILED'} {text}")
+    print(f"{path}{' (simulated: nothing was measured)' if options.simulated else ''}")
+    return 0 if all(whole.passed.values()) else 1
+
+
+def _settings(options: argparse.Namespace, args: list[str]) -> dict[str, str]:
+    engine: dict[str, Any] = {"python": str(options.engine_python), "env": options.engine_env, "args": args}
+    env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
+    if options.simulated:
+        engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.02"}, "args": args}
+        env |= {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
+    return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
+
+
+def _one(scene: Scene, whole: Part, name: str, run: Callable[[Scene, float], Part], budget_s: float) -> dict[str, Any]:
+    """Runs one part into `whole`. Whatever it raises is a part that failed, not the end of the others."""
+    if budget_s < 20:
+        whole.passed[f"the part {name} ran"] = False
+        return {"left_out": "no time left"}
+    began = time.monotonic()
+    scene.mark(f"part {name}")
+    said: dict[str, Any] = {}
+    try:
+        part = run(scene, budget_s)
+    except Exception as error:
+        said["error"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        part = Part()
+        scene.keep_logs()
+    for key in SUMS:
+        part.figures[key] = whole.figures.get(key, 0) + part.figures.get(key, 0)
+    whole.figures |= part.figures
+    whole.notes |= part.notes
+    whole.passed |= part.passed | {f"the part {name} ran": "error" not in said}
+    return said | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _end(scene: Scene, budget_s: float) -> Part:
+    """What the daemon and the engines' logs have to say of the whole run."""
+    failures, ooms, errors = scene.failures(), scene.oom_lines(), scene.box.status()["loop"]["errors"]
+    return Part(
+        figures={"loop_errors": errors, "oom_lines": len(ooms)},
+        notes={"failures": failures, "oom": ooms[:10]},
+        passed={"no engine failed, and none ran out of memory": not ooms and not failures, "the loop had no errors": errors == 0},
+    )
+
+
+def _write(scene: Scene, whole: Part, command: str) -> Path:
+    notes = {**whole.notes, "passed": whole.passed, "marks": scene.marks}
+    packages = ("vllm", "kvcached", "torch")
+    return results.write("gpu-budgets", command, whole.figures, notes, str(scene.gpu["name"]), packages, scene.out)
+
+
+def _picture(scene: Scene) -> None:
+    title = "gpu-budgets: limits, use and foreign memory"
+    try:
+        samples = scene.box.samples()
+        models = list(dict.fromkeys(name for sample in samples for name in sample.models))
+        plots.memory_over_time(samples, models, scene.marks, title, scene.out / "gpu-budgets.png")
+    except Exception:  # the figures are there; a picture that fails must not take them along
+        traceback.print_exc()
+
+
+async def _burst(scene: Scene, name: str) -> Any:
+    requests, prompt, tokens = BURST
+    async with client(scene.box.url, timeout_s=60) as api:
+        return await at_most(api, name, requests, requests, prompt, tokens, "idle")
+
+
+def _above(scene: Scene, used_bytes: int) -> float:
+    return (used_bytes - scene.empty_bytes) / MIB
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
