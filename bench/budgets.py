@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             passed = _with_engines(box, names, figures, notes, began)
     figures["minutes"] = (time.monotonic() - began) / 60
     notes["passed"] = passed
-    path = results.write("budgets", "python -m bench budgets " + " ".join(argv), figures, notes, "none", folder=options.out)
+    path = results.write("budgets", results.typed("budgets", argv), figures, notes, "none", folder=options.out)
     print()
     for key, value in figures.items():
         print(f"{key:28} {value:12.4f}")

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         options.out = options.out or results.RESULTS
         options.out.mkdir(parents=True, exist_ok=True)
         options.wedge_folder = of_unknown_length(Path(folder) / "unknown-length", Path(options.model[0][1]))
-        return _run(options, "python -m bench gpu-budgets " + " ".join(argv))
+        return _run(options, results.typed("gpu-budgets", argv))
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

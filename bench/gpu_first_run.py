@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             box.samples(), models, events, "gpu-first-run: two vLLM engines on one GPU", options.out / "gpu-first-run.png"
         )
     notes["passed"] = passed
-    command = "python -m bench gpu-first-run " + " ".join(argv)
+    command = results.typed("gpu-first-run", argv)
     gpu_name = str(notes.get("gpu"))
     path = results.write("gpu-first-run", command, figures, notes, gpu_name, ("vllm", "kvcached", "torch"), options.out)
     for key, value in figures.items():

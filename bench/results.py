@@ -55,6 +55,12 @@ def write(
     return path
 
 
+def typed(name: str, argv: Sequence[str]) -> str:
+    """The command that somebody else would type: without where this run put its results."""
+    kept = [word for at, word in enumerate(argv) if word != "--out" and (at == 0 or argv[at - 1] != "--out")]
+    return " ".join(["python -m bench", name, *kept])
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest rank: a value that was measured, never one between two. With fewer than 100 values the 99th is the largest."""
     if not values:

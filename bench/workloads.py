@@ -2,12 +2,16 @@
 
 import asyncio
 import itertools
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+
+_FRESH = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ async def ask(api: AsyncOpenAI, model: str, prompt_tokens: int, max_tokens: int,
 
 
 async def burst(api: AsyncOpenAI, model: str, requests: int, prompt_tokens: int, max_tokens: int) -> list[Answer]:
-    """`requests` at once, every second one streamed."""
-    return list(await asyncio.gather(*(ask(api, model, prompt_tokens, max_tokens, n % 2 == 0) for n in range(requests))))
+    """`requests` at once with prompts of their own, every second one streamed."""
+    asks = (ask(api, model, prompt_tokens, max_tokens, n % 2 == 0, f"{next(_FRESH)} ") for n in range(requests))
+    return list(await asyncio.gather(*asks))
 
 
 async def at_most(
