@@ -2,14 +2,12 @@
 
 import asyncio
 import itertools
-import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
 
 _FRESH = itertools.count()
 

@@ -332,14 +332,16 @@ class Launcher:
         while True:
             left = await asyncio.to_thread(processes.members, process)
             run.pids = run.pids | left  # NVML may show a dead process for seconds
-            if run.child is not None:
-                run.child.poll()  # reaps it: a zombie would keep its pid
-            if not left:
+            # A leader whose main thread has ended looks like a zombie while its other threads run: it is over when it can be reaped.
+            reaped = run.child is None or run.child.poll() is not None
+            if not left and reaped:
                 return
             if number is signal.SIGTERM and time.monotonic() >= kill_at:
                 number, sent_at = signal.SIGKILL, -1e9
             if sent_at < 0 or (number is signal.SIGKILL and time.monotonic() - sent_at > 1.0):
                 processes.signal_session(process, number)
+                if run.child is not None and number is signal.SIGKILL:
+                    run.child.kill()
                 sent_at = time.monotonic()
             await asyncio.sleep(POLL_S / 2)
 

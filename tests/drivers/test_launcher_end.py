@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from orchestrator.drivers import launcher
@@ -102,3 +104,32 @@ async def test_old_logs_go_and_those_of_others_stay(shop: Workshop) -> None:
     assert f"{stem}.00000000.log" not in kept
     assert shop.log(launch).name in kept
     assert shop.log(other).exists()
+
+
+LINGERS = """#!{python}
+import ctypes, os, signal, sys, threading, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+def linger():
+    gone.wait()
+    time.sleep(0.5)
+    os._exit(0)
+gone = threading.Event()
+threading.Thread(target=linger).start()
+print("lingers", flush=True)
+signal.pause()
+gone.set()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+async def test_a_leader_whose_threads_outlive_its_main_thread_is_waited_for(shop: Workshop) -> None:
+    """It looks like a zombie meanwhile, and can not be reaped: vLLM's API server ends so."""
+    program = shop.root / "python"
+    program.write_text(LINGERS.format(python=sys.executable))
+    program.chmod(0o755)
+    shop.venvs["default"] = replace(shop.venvs["default"], kind="vllm", python=program)
+    launch = shop.start()
+    await eventually(lambda: shop.log(launch).exists() and "lingers" in shop.log(launch).read_text(), "it runs")
+    pid = shop.pid(launch)
+    await shop.stopped(launch)
+    assert not psutil.pid_exists(pid)
