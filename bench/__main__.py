@@ -1,6 +1,7 @@
 """`python -m bench NAME [options]`: run one, print its table, write its results."""
 
 import importlib
+import signal
 import sys
 
 NAMES = {
@@ -17,6 +18,7 @@ def main() -> int:
         for name, (_, about) in NAMES.items():
             print(f"  {name:15} {about}")
         return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon and its engines are ended, as after Ctrl-C
     module = importlib.import_module(NAMES[sys.argv[1]][0])
     return int(module.main(sys.argv[2:]))
 

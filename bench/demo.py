@@ -23,7 +23,6 @@ from bench.box import ROOT, Box, Sample
 from bench.workloads import Answer, burst, client
 
 MIB = 1 << 20
-BAR = 36
 # The public shapes of Qwen2.5; a folder with a config.json is all that a simulated engine needs of a model.
 QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
 SHAPES = {
@@ -99,7 +98,7 @@ def _live(console: Console, box: Box, marks: Sequence[tuple[float, str]]) -> Ite
         if console.is_terminal:
             with Live(console=console, refresh_per_second=5) as live:
                 while not stop.wait(0.2):
-                    live.update(_table(box.samples()[-1:], marks))
+                    live.update(_table(box.samples()[-1:], marks, console.width))
         else:
             while not stop.wait(2.0):
                 for sample in box.samples()[-1:]:
@@ -114,28 +113,29 @@ def _live(console: Console, box: Box, marks: Sequence[tuple[float, str]]) -> Ite
         thread.join()
 
 
-def _table(last: Sequence[Sample], marks: Sequence[tuple[float, str]]) -> Table:
+def _table(last: Sequence[Sample], marks: Sequence[tuple[float, str]], width: int) -> Table:
+    cells = max(8, min(40, width - 66))
     table = Table(title=f"burst: {marks[-1][1] if marks else '-'}", title_justify="left", expand=False)
-    for column in ("model", "requests", "KV: used █  prealloc ▒  limit │", "used", "limit", "why"):
+    for column in ("model", "requests", "█ used │ limit", "used/limit MiB", "why"):
         table.add_column(column, no_wrap=True)
     for sample in last:
         scale = max(1, sample.status["gpus"][0]["pool_bytes"])
         for name, model in sample.models.items():
             pool = model["pool"]
             if pool:
-                bar = _bar(pool["used_bytes"] / scale, pool["prealloc_bytes"] / scale, pool["limit_bytes"] / scale)
-                shown = (f"{pool['used_bytes'] / MIB:6.0f} MiB", f"{pool['limit_bytes'] / MIB:6.0f} MiB", pool["reason"].split(";")[0])
-                table.add_row(name, f"{model['in_flight']:3d} +{model['waiting']}", bar, *shown)
+                bar = _bar(pool["used_bytes"] / scale, pool["prealloc_bytes"] / scale, pool["limit_bytes"] / scale, cells)
+                held = f"{pool['used_bytes'] / MIB:5.0f}/{pool['limit_bytes'] / MIB:5.0f}"
+                table.add_row(name, f"{model['in_flight']:3d} +{model['waiting']}", bar, held, pool["reason"].split(";")[0])
     return table
 
 
-def _bar(used: float, prealloc: float, limit: float) -> str:
-    cells = ["░"] * BAR
-    end = min(BAR, round(used * BAR))
-    cells[:end] = ["█"] * end
-    more = min(BAR, round((used + prealloc) * BAR))
-    cells[end:more] = ["▒"] * (more - end)
-    cells[min(BAR - 1, round(limit * BAR))] = "│"
+def _bar(used: float, prealloc: float, limit: float, width: int) -> str:
+    """Shares of the pool memory, as so many cells: used █, preallocated ▒, the limit │."""
+    cells = ["░"] * width
+    end = min(width, round(used * width))
+    more = min(width, round((used + prealloc) * width))
+    cells[:more] = ["█"] * end + ["▒"] * (more - end)
+    cells[min(width - 1, round(limit * width))] = "│"
     return "".join(cells)
 
 

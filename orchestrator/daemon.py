@@ -50,7 +50,7 @@ KEEP_ALIVE_S = 75  # longer than the 60 s of common load balancers, or their POS
 
 
 async def serve(config: Settings, files: Sequence[Path]) -> None:
-    """Until SIGTERM or SIGINT. Raises StartupError, with nothing started, where this machine does not allow it."""
+    """Until SIGTERM, SIGINT or SIGHUP. Raises StartupError, with nothing started, where this machine does not allow it."""
     with contextlib.ExitStack() as held:
         for folder, mode in (
             (config.state_dir, 0o750),
@@ -109,7 +109,7 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
         log.warning("%s", problem)
     stop = asyncio.Event()
     running = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal was closed; engines must not outlive that
         running.add_signal_handler(number, stop.set)
     loop.adopt(await launcher.adopt(), time.monotonic())
     await loop.tick()  # a first look, so that whoever connects finds figures
@@ -299,7 +299,7 @@ def main() -> None:
 @main.command("serve")
 @CONFIG
 def serve_command(files: tuple[Path, ...]) -> None:
-    """Run in the foreground until SIGTERM or Ctrl-C, which end the engines too.
+    """Run in the foreground until SIGTERM, Ctrl-C or the end of the terminal, which end the engines too.
 
     Example: orchestratord serve --config config/orchestrator.yaml --config config/models.yaml
     """

@@ -51,6 +51,15 @@ def test_sigterm_while_streaming_finishes_the_stream_then_ends_all(fresh: Fresh,
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_end_the_engines_too(fresh: Fresh, number: signal.Signals) -> None:
+    daemon = fresh().start()
+    daemon.add(daemon.name("a"))
+    daemon.signal(number)
+    assert daemon.wait() == 0
+    assert daemon.remains() == {}
+
+
 def test_while_the_daemon_ends_no_model_is_said_not_to_exist(fresh: Fresh, client: Client) -> None:
     """A client tries again after a 503, at the next daemon; after a 404 it gives up."""
     daemon = fresh().start()
