@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ENGINE ?= /opt/orchestrator/engine
 BIN    := $(VENV)/bin
+MODEL  ?= /models/qwen2.5-0.5b
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
@@ -41,8 +42,8 @@ format: install  ## what ruff can mend by itself
 bench: install  ## the names of all measurements
 	$(BIN)/python -m bench
 
-test-gpu: install  ## the tests marked gpu, on a GPU box with an engine venv at $(ENGINE)
-	ENGINE_PYTHON=$(ENGINE)/bin/python $(BIN)/python -m pytest -m gpu tests/gpu
+test-gpu: install  ## the tests marked gpu, on a GPU box: real vLLM at ENGINE, serving MODEL, a folder of Qwen2.5-0.5B's shape
+	ENGINE_PYTHON=$(ENGINE)/bin/python ENGINE_MODEL=$(MODEL) $(BIN)/python -m pytest -m gpu tests/contract
 
 engine:  ## the engines' own venv at ENGINE=/opt/orchestrator/engine: vLLM, then kvcached built against its torch
 	$(PYTHON) -m venv $(ENGINE)

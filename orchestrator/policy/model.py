@@ -28,6 +28,9 @@ OWNED_ARGS = {
     "--api-key": "- engines are reachable by the daemon alone",
     "--root-path": "- the daemon forwards to the engine's root",
     "--api-server-count": "- one API server an engine",
+    "--pipeline-parallel-size": "tensor_parallel_size",
+    "-pp": "tensor_parallel_size",
+    "--config": "- write vLLM's arguments into args, where they are checked",
     "--data-parallel-size": "several models of the same source",
     "-dp": "several models of the same source",
     "--ssl-keyfile": "- put TLS in front of the daemon",
@@ -66,7 +69,9 @@ def owned_flag(arg: str) -> str | None:
         return None
     flag = arg.split("=", 1)[0]
     flag = flag.replace("_", "-") if flag.startswith("--") else flag
-    return flag if flag in OWNED_ARGS else None
+    if flag in OWNED_ARGS or not flag.startswith("--") or len(flag) < 5:
+        return flag if flag in OWNED_ARGS else None
+    return next((owned for owned in OWNED_ARGS if owned.startswith(flag)), None)  # argparse takes `--tensor-parallel` for the whole
 
 
 class ModelSpec(BaseModel):

@@ -123,6 +123,18 @@ def test_owned_arguments_in_every_spelling(flag: str) -> None:
             assert instead.removeprefix("- ") in said
 
 
+@pytest.mark.parametrize(
+    ("arg", "flag"),
+    [
+        ("--tensor-parallel", "--tensor-parallel-size"),
+        ("--gpu_memory=0.5", "--gpu-memory-utilization"),
+        ("--served", "--served-model-name"),
+    ],
+)
+def test_owned_arguments_may_not_be_shortened_either(arg: str, flag: str) -> None:
+    assert owned_flag(arg) == flag
+
+
 @pytest.mark.parametrize("arg", ["--max-model-len=8k", "--port-range", "port", "8000", "-O3", "--enforce-eager", "--modelx", "-", ""])
 def test_other_arguments_are_passed(arg: str) -> None:
     assert owned_flag(arg) is None
