@@ -239,7 +239,7 @@ def test_a_limit_by_rpc_is_not_applied_before_the_watcher_saw_the_segment(engine
 
 
 def test_raising_a_starved_engines_limit_again_and_again_does_it_no_harm(launcher: Callable[..., Engine]) -> None:
-    """With prefix caching on. EngineCore once died of this: a raise was applied before the watcher had seen the segment."""
+    """With prefix caching on. An EngineCore once died right after raises that were applied before the watcher had seen the segment."""
     engine = launcher()
     for turn in range(6):
         engine.call("POST", "/reset_prefix_cache")

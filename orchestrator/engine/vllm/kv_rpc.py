@@ -21,8 +21,8 @@ def kv_limit(core: Any, ask_workers: Callable[..., list[Any]], limit_bytes: str,
     """Apply a limit now (bytes per GPU), also while idle or starved: an engine reads its segment only inside an allocation.
 
     Nothing is done, and `settled` is False, until kvcached's watcher (100 ms) has seen the same value in the segment: the first
-    allocation after a raise would put the old limit back in the middle of its work, and EngineCore was seen to die of that
-    (vLLM 0.24.0, kvcached 0.1.6). The caller asks once more.
+    allocation after a raise would put the old limit back in the middle of its work, and an EngineCore was seen to die right
+    after such raises (vLLM 0.24.0, kvcached 0.1.6). The caller asks once more.
     """
     from kvcached.control import set_instance_memory_limit
 
