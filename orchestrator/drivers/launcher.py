@@ -196,6 +196,8 @@ class Launcher:
             if not run.alive:
                 raise EngineFailed(self._how_it_ended(run))
             self._read_log(run)
+            if run.process is not None:  # all of /proc is walked for it: not on the event loop
+                run.pids = run.pids | await asyncio.to_thread(processes.members, run.process)
             await asyncio.sleep(POLL_S)
         self._phase(run, "probing")
         name = run.launch.spec.name
@@ -411,9 +413,6 @@ class Launcher:
                 run.tail.append(line.rstrip()[:500])
             if phase := vllm.phase_in(line):
                 self._phase(run, phase)
-        if run.process is not None and not run.ready:
-            with contextlib.suppress(OSError):
-                run.pids = run.pids | processes.members(run.process)
 
     def _drop_old_logs(self, model: str) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)

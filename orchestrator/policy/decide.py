@@ -93,7 +93,10 @@ def decide(
             after[name] = moved
 
     pools = _pools(after, known, snapshot)
-    claims = _claims(after, snapshot)
+    claims = dict.fromkeys(snapshot.gpus, 0)
+    for (_, gpu_uuid), size in _claims(after, snapshot).items():
+        if gpu_uuid in claims:
+            claims[gpu_uuid] += size
     _admit(after, known, pools, claims, snapshot, rules, launch_id, actions)
 
     amounts = {
@@ -111,12 +114,7 @@ def decide(
         pool_memory=memory,
         gpus={uuid: _budget(gpu, after, pools, planned, claims[uuid], snapshot, rules) for uuid, gpu in snapshot.gpus.items()},
         pools={p.launch_id: _view(p, planned, snapshot) for p in pools},
-        claims={
-            (i.launch.id, gpu): _claim(i, i.launch, gpu, snapshot)
-            for i in after.values()
-            if i.launch is not None and (i.state is State.STARTING or i.reserved)
-            for gpu in i.launch.gpus
-        },
+        claims=_claims(after, snapshot),
     )
 
 
@@ -159,19 +157,17 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
     return pools
 
 
-def _claims(instances: Mapping[str, Instance], snapshot: Snapshot) -> dict[str, int]:
-    """Per GPU: what starts under way will still take, and NVML cannot show yet."""
-    claims = dict.fromkeys(snapshot.gpus, 0)
-    for instance in instances.values():
-        if instance.launch is None or not (instance.state is State.STARTING or instance.reserved):
-            continue
-        for gpu in instance.launch.gpus:
-            if gpu in claims:
-                claims[gpu] += _claim(instance, instance.launch, gpu, snapshot)
-    return claims
+def _claims(instances: Mapping[str, Instance], snapshot: Snapshot) -> dict[tuple[str, str], int]:
+    """(launch id, GPU) -> what starts under way will still take there, and NVML cannot show yet."""
+    return {
+        (i.launch.id, gpu): _claim(i.launch, gpu, snapshot)
+        for i in instances.values()
+        if i.launch is not None and (i.state is State.STARTING or i.reserved)
+        for gpu in i.launch.gpus
+    }
 
 
-def _claim(instance: Instance, launch: Launch, gpu: str, snapshot: Snapshot) -> int:
+def _claim(launch: Launch, gpu: str, snapshot: Snapshot) -> int:
     seen = snapshot.engines.get(launch.id)
     if seen is None or seen.segment is None:
         return max(0, launch.claim_bytes + launch.floor_bytes - snapshot.held_bytes(launch.id, gpu))
@@ -194,14 +190,14 @@ def _admit(
     Start: those bytes are seen free. A claim that nobody can honour any more (a foreign process came) is given up.
     """
     taken = {gpu for i in instances.values() if i.state is State.STARTING and i.launch for gpu in i.launch.gpus}
+    readable = {uuid: gpu for uuid, gpu in snapshot.gpus.items() if gpu.error is None}
     line = [i for i in instances.values() if i.state is State.WAITING and i.model in known]
     for instance in sorted(line, key=lambda i: (-known[i.model].spec.priority, i.since, i.model)):
         model, now = known[instance.model], snapshot.now
         if instance.reserved and instance.launch:
             for gpu in instance.launch.gpus:
                 if gpu in claims:
-                    claims[gpu] -= _claim(instance, instance.launch, gpu, snapshot)
-        readable = {uuid: gpu for uuid, gpu in snapshot.gpus.items() if gpu.error is None}
+                    claims[gpu] -= _claim(instance.launch, gpu, snapshot)
         room = {
             uuid: gpu.free_bytes + sum(p.mapped_bytes - p.least for p in pools if uuid in p.gpus) - reserve_bytes(gpu, rules) - claims[uuid]
             for uuid, gpu in readable.items()
