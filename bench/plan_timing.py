@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.policy.budgets import Pool, PoolMemory, plan
+from orchestrator.policy.budgets import PoolMemory, plan
+from orchestrator.policy.division import Pool
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZES = (8, 64, 512)

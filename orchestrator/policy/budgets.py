@@ -1,65 +1,23 @@
-"""Divide each GPU's KV memory: floors, then demand, then the surplus; shrink at once, grow only into memory that is seen.
+"""Move each GPU's KV limits to where they should be (division.py): shrink at once, grow only into memory that is seen.
 
 The rule that keeps it right: what every engine may still take (`charge`) never sums to more than what exists (P), for any
 prefix of the writes. An engine obeys a smaller limit only at its next allocation, so a shrink is credited when use is seen
 to be below it, and never within SETTLE_S of the write.
-
-Three tiers of weighted max-min (water filling): cgroups' memory.min and memory.low in spirit, the idle tax from VMware ESX.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from operator import attrgetter
+
+from orchestrator.policy.division import Pool, targets
 
 SETTLE_S = 0.5  # an engine's watcher polls every 0.1 s; a shrink is not credited sooner than this after the write
 COOL_DOWN_S = 2.0  # between two moves of a pool that nothing forces: the loop may look fifty times in that time
 SLOW_TAU_S = 5.0  # how fast a past peak of use is forgotten
 RATE_TAU_S = 1.0  # over how long growth is averaged: use moves in bundles of 100 MiB
 LOOK_S = 1.0  # how far ahead growth is provided for: four looks
-IDLE_TAU_S = 30.0  # how fast an idle pool loses its claim on the surplus
-IDLE_TAX = 0.75  # how much of that claim it loses
-KEEP = 0.02  # of P, kept out of the surplus: a burst grows into it at once, without a shrink first
 DEAD_BAND = 0.01  # of the ceiling: smaller moves are not worth a write
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """One engine's KV memory as it is now. Bytes per GPU: with tensor parallelism the same on each of `gpus`."""
-
-    launch_id: str
-    model: str
-    gpus: tuple[str, ...]
-    bundle_bytes: int
-    floor_bytes: int
-    ceiling_bytes: int
-    weight: float
-    limit_bytes: int
-    used_bytes: int
-    prealloc_bytes: int
-    busy: bool
-    idle_s: float
-    live_bytes: int = 0  # what the largest request that it has, or that waits for it, needs to be able to end
-    queued_bytes: int = 0  # what the requests that wait for it are expected to take
-    # Made from the others once, because plan() reads them a dozen times a pool; whole bundles.
-    mapped_bytes: int = field(init=False, repr=False, compare=False)
-    most: int = field(init=False, repr=False, compare=False)
-    least: int = field(init=False, repr=False, compare=False)
-    alive: int = field(init=False, repr=False, compare=False)  # the part of its floor without which it stands still
-
-    def __post_init__(self) -> None:
-        bundle = self.bundle_bytes
-        most = max(bundle, self.down(self.ceiling_bytes))
-        made = object.__setattr__
-        made(self, "mapped_bytes", self.used_bytes + self.prealloc_bytes)
-        made(self, "most", most)
-        made(self, "least", min(max(self.up(max(self.floor_bytes, self.live_bytes)), bundle), most))
-        made(self, "alive", min(max(self.up(self.live_bytes), bundle), most))
-
-    def down(self, size: float) -> int:
-        return int(size // self.bundle_bytes) * self.bundle_bytes
-
-    def up(self, size: float) -> int:
-        return -int(-size // self.bundle_bytes) * self.bundle_bytes
 
 
 @dataclass(slots=True)  # as the others, never changed once made; but not frozen: that makes making one three times as slow
@@ -106,7 +64,9 @@ class BudgetPlan:
 
 def charge(pool: Pool, memory: PoolMemory, now: float) -> int:
     """The most that this engine may still hold before it has surely seen its limit."""
-    most = max(pool.limit_bytes if pool.limit_bytes > 0 else memory.limit_bytes, pool.mapped_bytes, 0)
+    most = pool.limit_bytes if pool.limit_bytes > 0 else memory.limit_bytes
+    if pool.mapped_bytes > most:
+        most = pool.mapped_bytes
     for when, size in memory.replaced:
         if now - when < SETTLE_S and size > most:
             most = size
@@ -119,101 +79,39 @@ def demand(pool: Pool, memory: PoolMemory) -> int:
     The room: what it will take in the next second at its rate; a quarter more; twice its use when it has reached its limit, where
     no rate can be seen any more.
     """
-    size = max(float(pool.used_bytes), memory.slow_bytes) + pool.queued_bytes
+    used, bundle = pool.used_bytes, pool.bundle_bytes
+    size = (memory.slow_bytes if memory.slow_bytes > used else used) + pool.queued_bytes
     if pool.busy:
-        starved = pool.used_bytes + 2 * pool.bundle_bytes > pool.limit_bytes
-        size += max(2.0 * pool.bundle_bytes, memory.rate * LOOK_S, pool.used_bytes if starved else pool.used_bytes / 4)
-    return min(pool.up(size), pool.most)
+        starved = used + 2 * bundle > pool.limit_bytes
+        size += max(2.0 * bundle, memory.rate * LOOK_S, used if starved else used / 4)
+    whole = pool.up(size)
+    return whole if whole < pool.most else pool.most
 
 
 def remember(pool: Pool, before: PoolMemory | None, now: float) -> PoolMemory:
-    limit = max(pool.limit_bytes, 0)
+    used, limit = pool.used_bytes, pool.limit_bytes
     if before is None:
-        return PoolMemory(slow_bytes=float(pool.used_bytes), used_bytes=pool.used_bytes, limit_bytes=limit, at=now)
-    passed = max(0.0, now - before.at)
-    rate = before.rate
-    if passed > 0:
-        fresh = max(0, pool.used_bytes - before.used_bytes) / passed
+        return PoolMemory(float(used), used, 0.0, limit if limit > 0 else 0, now)
+    passed = now - before.at
+    slow, rate, replaced = before.slow_bytes, before.rate, before.replaced
+    if slow > used:
+        slow *= math.exp(-passed / SLOW_TAU_S) if passed > 0 else 1.0
+    if passed > 0 and (rate or used > before.used_bytes):
+        fresh = (used - before.used_bytes) / passed if used > before.used_bytes else 0.0
         rate = fresh + (rate - fresh) * math.exp(-passed / RATE_TAU_S)
-    replaced = before.replaced
     if replaced:
         replaced = tuple((when, size) for when, size in replaced if now - when < SETTLE_S)
     return PoolMemory(
-        slow_bytes=max(float(pool.used_bytes), before.slow_bytes * math.exp(-passed / SLOW_TAU_S)),
-        used_bytes=pool.used_bytes,
-        rate=rate if rate >= 1.0 else 0.0,
-        limit_bytes=limit or before.limit_bytes,
-        at=now,
-        replaced=replaced,
-        moved_at=before.moved_at,
-        trimmed_at=before.trimmed_at,
-        reason=before.reason,
+        slow if slow > used else float(used),
+        used,
+        rate if rate >= 1.0 else 0.0,
+        limit if limit > 0 else before.limit_bytes,
+        now,
+        replaced,
+        before.moved_at,
+        before.trimmed_at,
+        before.reason,
     )
-
-
-def waterfill(amount: float, needs: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Weighted max-min: nobody gets more than its need; what one does not need goes to the others by weight. O(n log n)."""
-    if sum(needs.values()) <= amount:
-        return dict(needs)
-    given: dict[str, float] = {}
-    left, weight = max(0.0, amount), sum(weights[key] for key in needs)
-    for _, key in sorted([(need / weights[key], key) for key, need in needs.items()]):
-        share = left * weights[key] / weight if weight > 0 else 0.0
-        need = needs[key]
-        given[key] = share = need if need < share else max(0.0, share)
-        left -= share
-        weight -= weights[key]
-    return given
-
-
-def floors(pools: Sequence[Pool], amount: int) -> tuple[dict[str, int], list[str]]:
-    """Each pool's floor. Where they do not all fit: a bundle each; then, heaviest first, what it needs to go on; then whole floors."""
-    if sum(pool.least for pool in pools) <= amount:
-        return {pool.launch_id: pool.least for pool in pools}, []
-    given = {pool.launch_id: pool.bundle_bytes for pool in pools}
-    left = amount - sum(given.values())
-    heaviest_first = sorted(pools, key=lambda p: (-p.weight, p.launch_id))
-    for whole in (False, True):
-        for pool in heaviest_first:
-            more = (pool.least if whole else pool.alive) - given[pool.launch_id]
-            if more <= left:
-                given[pool.launch_id] += more
-                left -= more
-    return given, [pool.launch_id for pool in heaviest_first if given[pool.launch_id] < pool.least]
-
-
-def targets(pools: Sequence[Pool], amount: int, demands: Mapping[str, int], pressure: bool) -> tuple[dict[str, int], list[str]]:
-    """Where each pool of one GPU should be, in whole bundles between its floor and its ceiling, within `amount`."""
-    base, short = floors(pools, amount)
-    weights: dict[str, float] = {}
-    taxed: dict[str, float] = {}
-    wanted: dict[str, float] = {}
-    for pool in pools:
-        key, weight = pool.launch_id, pool.weight
-        need = demands[key] - base[key]
-        weights[key], wanted[key] = weight, need if need > 0 else 0.0
-        taxed[key] = weight if pool.busy else weight * (1 - IDLE_TAX * (1 - math.exp(-pool.idle_s / IDLE_TAU_S)))
-    room = max(0.0, float(amount - sum(base.values())))
-    by_demand = waterfill(room, wanted, weights)
-    room -= sum(by_demand.values())
-    head: dict[str, float] = {}
-    for pool in pools:
-        key = pool.launch_id
-        left_to_ceiling = pool.most - base[key] - by_demand[key]
-        head[key] = left_to_ceiling if left_to_ceiling > 0 else 0.0
-    by_weight = waterfill(room if pressure else room - KEEP * amount, head, taxed)
-    result: dict[str, int] = {}
-    for pool in pools:
-        key, bundle = pool.launch_id, pool.bundle_bytes
-        size = int((base[key] + by_demand[key] + by_weight[key]) // bundle) * bundle
-        result[key] = min(pool.most, max(base[key], size))
-    if pressure:  # rounding left bundles over: nobody may be hungry while they lie there
-        left = amount - sum(result.values())
-        for pool in sorted(pools, key=lambda p: (-(demands[p.launch_id] - result[p.launch_id]) / p.weight, p.launch_id)):
-            while result[pool.launch_id] < demands[pool.launch_id] and pool.bundle_bytes <= left and result[pool.launch_id] < pool.most:
-                result[pool.launch_id] += pool.bundle_bytes
-                left -= pool.bundle_bytes
-    return result, short
 
 
 def plan(pools: Sequence[Pool], amounts: Mapping[str, int], before: Mapping[str, PoolMemory], now: float) -> BudgetPlan:
@@ -221,69 +119,57 @@ def plan(pools: Sequence[Pool], amounts: Mapping[str, int], before: Mapping[str,
 
     Same input, same output; the order of `pools` does not matter.
     """
-    known = sorted((p for p in pools if all(gpu in amounts for gpu in p.gpus)), key=lambda p: p.launch_id)
-    frozen = [p for p in pools if not all(gpu in amounts for gpu in p.gpus)]
-    memory = {p.launch_id: remember(p, before.get(p.launch_id), now) for p in pools}
-    charges = {p.launch_id: charge(p, memory[p.launch_id], now) for p in pools}
-    demands = {p.launch_id: demand(p, memory[p.launch_id]) for p in known}
-
-    target: dict[str, int] = {}
-    rooms: dict[str, int] = {}
-    left: dict[str, int] = {}
-    pressed: set[str] = set()
-    short: set[str] = set()
-    on_gpu: dict[str, list[Pool]] = {gpu: [] for gpu in amounts}
-    for pool in known:
+    memory = {pool.launch_id: remember(pool, before.get(pool.launch_id), now) for pool in pools}
+    charges = {pool.launch_id: charge(pool, memory[pool.launch_id], now) for pool in pools}
+    rooms = dict(amounts)  # of each GPU, for the pools that we steer
+    left = dict(amounts)  # of each GPU, what nobody may still take
+    here: dict[str, list[Pool]] = {gpu: [] for gpu in amounts}
+    known: list[Pool] = []
+    demands: dict[str, int] = {}
+    for pool in sorted(pools, key=_launch_id):
+        size, frozen = charges[pool.launch_id], False
         for gpu in pool.gpus:
-            on_gpu[gpu].append(pool)
-    for gpu, amount in amounts.items():
-        here = on_gpu[gpu]
-        amount -= sum(charges[p.launch_id] for p in frozen if gpu in p.gpus)  # it spans a GPU that cannot be read: not to be given away
-        rooms[gpu] = amount
-        left[gpu] = amount - sum(charges[p.launch_id] for p in here)
-        if left[gpu] < 0 or any(p.limit_bytes < max(p.least, demands[p.launch_id]) for p in here):
-            pressed.add(gpu)
-        wanted, lacking = targets(here, amount, demands, gpu in pressed)
-        short.update(lacking)
-        for key, size in wanted.items():  # tensor parallel: the smallest share over its GPUs
-            target[key] = min(size, target.get(key, size))
-    for gpu, amount in rooms.items():  # what a pool leaves here, because another of its GPUs is tighter, goes to the others
-        if spanning := [p for p in on_gpu[gpu] if len(p.gpus) > 1]:
-            others = [p for p in on_gpu[gpu] if len(p.gpus) == 1]
-            again, lacking = targets(others, amount - sum(target[p.launch_id] for p in spanning), demands, gpu in pressed)
-            target.update(again)
-            short = (short - again.keys()) | set(lacking)
-
-    limits = {
-        p.launch_id: Limit(p.launch_id, p.model, p.limit_bytes, p.limit_bytes, target[p.launch_id], memory[p.launch_id].reason)
-        for p in known
-    }
-    shrinks: list[Limit] = []
-    for pool in known:
-        key, under_pressure = pool.launch_id, any(gpu in pressed for gpu in pool.gpus)
-        new = _shrink(pool, memory[key], target[key], demands[key], under_pressure, now)
-        if new < pool.limit_bytes:
-            if pool.limit_bytes > pool.most:
-                reason = "above its ceiling"
-            elif key in short:
-                reason = "floors do not fit"
+            if gpu in left:
+                left[gpu] -= size
             else:
-                reason = "others need memory" if under_pressure else "it needs less"
-            limits[key] = Limit(key, pool.model, new, pool.limit_bytes, target[key], reason)
-            shrinks.append(limits[key])
-            memory[key] = memory[key].moved(now, reason, (*memory[key].replaced, (now, pool.limit_bytes)))
+                frozen = True
+        if frozen:  # it spans a GPU that cannot be read: what it may take on the others is not to be given away
+            for gpu in pool.gpus:
+                if gpu in rooms:
+                    rooms[gpu] -= size
+            continue
+        known.append(pool)
+        demands[pool.launch_id] = demand(pool, memory[pool.launch_id])
+        for gpu in pool.gpus:
+            here[gpu].append(pool)
+
+    pressed = {gpu for gpu, several in here.items() if left[gpu] < 0 or any(_lacks(pool, demands) for pool in several)}
+    target, short = _targets(here, rooms, demands, pressed)
+
+    limits: dict[str, Limit] = {}
+    shrinks: list[Limit] = []
+    growing: list[Pool] = []
+    for pool in known:
+        key, limit, goal = pool.launch_id, pool.limit_bytes, target[pool.launch_id]
+        if goal > limit:
+            growing.append(pool)
+        elif goal < limit:
+            under_pressure = not pressed.isdisjoint(pool.gpus)
+            new = _shrink(pool, memory[key], goal, demands[key], under_pressure, now)
+            if new < limit:
+                reason = _why_less(pool, key in short, under_pressure)
+                limits[key] = shrunk = Limit(key, pool.model, new, limit, goal, reason)
+                shrinks.append(shrunk)
+                memory[key] = memory[key].moved(now, reason, (*memory[key].replaced, (now, limit)))
+                continue
+        limits[key] = Limit(key, pool.model, limit, limit, goal, memory[key].reason)
 
     grows: list[Limit] = []
-
-    def hunger(pool: Pool) -> tuple[bool, float, str]:
+    for pool in sorted(growing, key=lambda pool: _hunger(pool, demands)):
         key = pool.launch_id
-        return (pool.limit_bytes >= pool.least, -max(0, demands[key] - pool.limit_bytes) * pool.weight, key)
-
-    for pool in sorted((p for p in known if target[p.launch_id] > p.limit_bytes), key=hunger):
-        key = pool.launch_id
-        free = min(left[gpu] for gpu in pool.gpus)
+        free = min([left[gpu] for gpu in pool.gpus])
         new = min(target[key], pool.down(charges[key] + max(0, free)))
-        urgent = pool.limit_bytes < max(pool.least, demands[key])
+        urgent = _lacks(pool, demands)
         if new <= pool.limit_bytes or (not urgent and _too_little(pool, memory[key], new - pool.limit_bytes, now)):
             continue
         for gpu in pool.gpus:
@@ -294,6 +180,61 @@ def plan(pools: Sequence[Pool], amounts: Mapping[str, int], before: Mapping[str,
         memory[key] = memory[key].moved(now, reason, memory[key].replaced)
         grows.append(limits[key])
     return BudgetPlan(limits, (*shrinks, *grows), memory, tuple(sorted(short)), frozenset(pressed), demands, charges)
+
+
+_launch_id = attrgetter("launch_id")
+
+
+def _targets(
+    here: Mapping[str, Sequence[Pool]], rooms: Mapping[str, int], demands: Mapping[str, int], pressed: Set[str]
+) -> tuple[dict[str, int], set[str]]:
+    """Every pool's target, and the launches whose floor does not fit. Tensor parallel: the smallest share over its GPUs."""
+    target: dict[str, int] = {}
+    short: set[str] = set()
+    shares: dict[str, Sequence[int]] = {}
+    for gpu, several in here.items():
+        sizes, lacking = targets(several, rooms[gpu], [demands[pool.launch_id] for pool in several], gpu in pressed)
+        short.update(lacking)
+        shares[gpu] = sizes
+        for pool, size in zip(several, sizes, strict=True):
+            key = pool.launch_id
+            if size < target.get(key, size + 1):
+                target[key] = size
+    for gpu, several in here.items():  # what a pool leaves here, because another of its GPUs is tighter, goes to the others
+        others: list[Pool] = []
+        room, held, leaves = rooms[gpu], 0, False
+        for pool, size in zip(several, shares[gpu], strict=True):
+            if len(pool.gpus) == 1:
+                others.append(pool)
+            else:
+                taken = target[pool.launch_id]
+                leaves = leaves or taken < size
+                room -= taken
+                held += max(0, pool.mapped_bytes - taken)
+        if leaves:
+            sizes, lacking = targets(others, room, [demands[pool.launch_id] for pool in others], gpu in pressed, held)
+            again = {pool.launch_id: size for pool, size in zip(others, sizes, strict=True)}
+            target.update(again)
+            short = (short - again.keys()) | set(lacking)
+    return target, short
+
+
+def _lacks(pool: Pool, demands: Mapping[str, int]) -> bool:
+    limit = pool.limit_bytes
+    return limit < pool.least or limit < demands[pool.launch_id]
+
+
+def _hunger(pool: Pool, demands: Mapping[str, int]) -> tuple[bool, float, str]:
+    """Floors first, then the largest need by weight."""
+    return (pool.limit_bytes >= pool.least, -max(0, demands[pool.launch_id] - pool.limit_bytes) * pool.weight, pool.launch_id)
+
+
+def _why_less(pool: Pool, short: bool, pressure: bool) -> str:
+    if pool.limit_bytes > pool.most:
+        return "above its ceiling"
+    if short:
+        return "floors do not fit"
+    return "others need memory" if pressure else "it needs less"
 
 
 def _too_little(pool: Pool, memory: PoolMemory, gap: int, now: float) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.policy import budgets
 from orchestrator.policy.actions import Action, Repair, SetLimit, Start, Trim
+from orchestrator.policy.division import Pool
 from orchestrator.policy.footprint import Footprint, floor_bytes, live_bytes
 from orchestrator.policy.instance import Instance, Launch, State
 from orchestrator.policy.lifecycle import Known, Rules, step
@@ -118,7 +119,7 @@ def decide(
     )
 
 
-def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapshot: Snapshot) -> list[budgets.Pool]:
+def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapshot: Snapshot) -> list[Pool]:
     """Every KV pool that exists and that we steer: its segment is there, its geometry is known, and it is not being ended."""
     pools = []
     for instance in instances.values():
@@ -136,7 +137,7 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
         traffic = snapshot.traffic.get(instance.model, TrafficSeen())
         idle_s = snapshot.now - max(traffic.last_used if traffic.last_used is not None else instance.since, instance.since)
         pools.append(
-            budgets.Pool(
+            Pool(
                 launch_id=launch.id,
                 model=instance.model,
                 gpus=launch.gpus,
@@ -177,7 +178,7 @@ def _claim(launch: Launch, gpu: str, snapshot: Snapshot) -> int:
 def _admit(
     instances: dict[str, Instance],
     known: Mapping[str, Known],
-    pools: list[budgets.Pool],
+    pools: list[Pool],
     claims: dict[str, int],
     snapshot: Snapshot,
     rules: Rules,
@@ -252,7 +253,7 @@ def _launch(
 def _budget(
     gpu: GpuReading,
     instances: Mapping[str, Instance],
-    pools: list[budgets.Pool],
+    pools: list[Pool],
     planned: budgets.BudgetPlan,
     claims: int,
     snapshot: Snapshot,
@@ -277,7 +278,7 @@ def _budget(
 
 
 def _trim(
-    pools: list[budgets.Pool],
+    pools: list[Pool],
     planned: budgets.BudgetPlan,
     known: Mapping[str, Known],
     instances: Mapping[str, Instance],
@@ -306,7 +307,7 @@ def _repair(instances: Mapping[str, Instance], snapshot: Snapshot, actions: list
             actions.append(Repair(seen.launch_id, instance.model, "its segment is gone, or is none any more"))
 
 
-def _view(pool: budgets.Pool, planned: budgets.BudgetPlan, snapshot: Snapshot) -> PoolView:
+def _view(pool: Pool, planned: budgets.BudgetPlan, snapshot: Snapshot) -> PoolView:
     limit = planned.limits.get(pool.launch_id)
     size = limit.limit_bytes if limit else pool.limit_bytes
     reason = limit.reason if limit else "its GPU cannot be read: left as it is"

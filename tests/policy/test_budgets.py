@@ -1,29 +1,23 @@
-"""The parts of the division, one at a time: tables with numbers small enough to check by hand (one bundle is 1)."""
+"""The parts of a plan, one at a time: tables with numbers small enough to check by hand (one bundle is 1)."""
 
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from orchestrator.policy.budgets import (
     COOL_DOWN_S,
-    IDLE_TAU_S,
     SETTLE_S,
     SLOW_TAU_S,
     BudgetPlan,
-    Pool,
     PoolMemory,
     charge,
     demand,
-    floors,
     plan,
     remember,
-    targets,
-    waterfill,
 )
+from orchestrator.policy.division import Pool
 
 BASE = Pool("a", "model-a", ("g",), 1, 0, 1000, 1.0, 100, 0, 0, False, 0.0)
 LONG_AGO = -1e9
@@ -102,91 +96,6 @@ def test_a_peak_is_forgotten_slowly_and_old_shrinks_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amount", "needs", "weights", "given_"),
-    [
-        (30.0, (50, 50, 50), (1, 1, 1), (10, 10, 10)),
-        (30.0, (5, 50, 50), (1, 1, 1), (5, 12.5, 12.5)),
-        (30.0, (50, 50), (1, 2), (10, 20)),
-        (30.0, (3, 50), (1, 2), (3, 27)),
-        (99.0, (3, 50), (1, 2), (3, 50)),
-        (0.0, (3, 50), (1, 2), (0, 0)),
-        (-9.0, (3, 50), (1, 2), (0, 0)),
-        (9.0, (), (), ()),
-    ],
-)
-def test_water_filling(amount: float, needs: tuple[float, ...], weights: tuple[float, ...], given_: tuple[float, ...]) -> None:
-    answer = waterfill(amount, dict(zip("abc", needs, strict=False)), dict(zip("abc", weights, strict=False)))
-    assert list(answer[key] for key in "abc"[: len(needs)]) == pytest.approx(list(given_))
-
-
-@settings(max_examples=100, derandomize=True, deadline=None)
-@given(
-    st.floats(0, 1e12),
-    st.lists(st.tuples(st.floats(0, 1e12), st.floats(0.001, 1000)), min_size=1, max_size=8),
-)
-def test_water_filling_is_weighted_max_min(amount: float, people: list[tuple[float, float]]) -> None:
-    """Nobody over its need, nothing over the amount, nothing left while one needs it, and no one short below another's level."""
-    needs, weights = ({str(n): person[i] for n, person in enumerate(people)} for i in (0, 1))
-    answer = waterfill(amount, needs, weights)
-    close = 1e-6 * max(1.0, amount)
-    assert all(0 <= answer[key] <= needs[key] for key in needs)
-    assert sum(answer.values()) == pytest.approx(min(amount, sum(needs.values())), abs=close)
-    level = max(answer[key] / weights[key] for key in needs)
-    for key in needs:
-        assert answer[key] >= needs[key] - close or answer[key] / weights[key] >= level * (1 - 1e-6) - close
-
-
-def test_floors_that_do_not_fit_are_given_whole_heaviest_first() -> None:
-    three = [pool("a", floor_bytes=50), pool("b", floor_bytes=40, weight=2.0), pool("c", floor_bytes=30, weight=4.0)]
-    assert floors(three, 120) == ({"a": 50, "b": 40, "c": 30}, [])
-    assert floors(three, 119) == ({"a": 1, "b": 40, "c": 30}, ["a"])
-    assert floors(three, 60) == ({"a": 1, "b": 1, "c": 30}, ["b", "a"])
-    assert floors(three, 20) == ({"a": 1, "b": 1, "c": 1}, ["c", "b", "a"])
-    assert floors(three, -5) == ({"a": 1, "b": 1, "c": 1}, ["c", "b", "a"])
-    assert floors([], 0) == ({}, [])
-
-
-@pytest.mark.parametrize(
-    ("fields", "wanted", "pressure", "shares"),
-    [
-        (({}, {}), (0, 0), True, (50, 50)),  # all surplus
-        (({}, {}), (0, 0), False, (49, 49)),  # 2 % are kept back
-        (({}, {"weight": 3.0}), (0, 0), True, (25, 75)),
-        (({"floor_bytes": 60}, {}), (0, 0), True, (80, 20)),  # the surplus comes on top
-        (({}, {}), (80, 0), True, (90, 10)),
-        (({}, {}), (90, 90), True, (50, 50)),
-        (({}, {"weight": 3.0}), (90, 90), True, (25, 75)),
-        (({"floor_bytes": 40}, {"weight": 3.0}), (90, 90), True, (55, 45)),
-        (({"ceiling_bytes": 10}, {}), (0, 0), True, (10, 90)),
-        (({"busy": True}, {"idle_s": 1e9}), (0, 0), True, (79, 20)),  # an idle one keeps a quarter of its claim: 80 : 20
-    ],
-)
-def test_targets(fields: tuple[dict[str, Any], ...], wanted: tuple[int, int], pressure: bool, shares: tuple[int, int]) -> None:
-    pools = [pool(key, **own) for key, own in zip("ab", fields, strict=True)]
-    demands = {p.launch_id: max(p.least, size) for p, size in zip(pools, wanted, strict=True)}
-    answer, short = targets(pools, 100, demands, pressure)
-    assert [answer["a"], answer["b"]] == pytest.approx(shares, abs=1)
-    assert sum(answer.values()) <= 100
-    assert short == []
-
-
-def test_a_pool_loses_its_claim_on_the_surplus_as_it_idles() -> None:
-    shares = []
-    for idle_s in (0.0, IDLE_TAU_S, 10 * IDLE_TAU_S):
-        answer, _ = targets(
-            [pool("a", idle_s=idle_s, ceiling_bytes=10_000), pool("b", busy=True, ceiling_bytes=10_000)], 10_000, {"a": 0, "b": 0}, True
-        )
-        shares.append(answer["a"])
-    assert shares == pytest.approx([5000, 3445, 2000], abs=5)
-
-
-def test_bundles_left_by_rounding_go_to_the_hungry() -> None:
-    pools = [pool("a", bundle_bytes=30), pool("b", bundle_bytes=40)]
-    answer, _ = targets(pools, 100, {"a": 300, "b": 400}, pressure=True)
-    assert answer == {"a": 60, "b": 40}
-
-
-@pytest.mark.parametrize(
     ("one", "amount", "moved_ago", "expected"),
     [
         # nothing presses (target: P less the keep of 2 %): an eighth of the gap, not soon after a move, not for little
@@ -253,10 +162,13 @@ def test_what_is_remembered_of_a_pool_that_is_gone_is_forgotten() -> None:
 
 def test_tensor_parallel_takes_the_smallest_share_and_leaves_the_rest_to_the_others() -> None:
     """`wide` gets 20 of the tight GPU; `near`, on the roomy one, gets all that `wide` can not use there."""
-    wide = pool("wide", gpus=("tight", "roomy"), ceiling_bytes=100, busy=True, used_bytes=90, limit_bytes=90)
-    near = pool("near", gpus=("roomy",), ceiling_bytes=100, busy=True, used_bytes=90, limit_bytes=90)
+    wide = pool("wide", gpus=("tight", "roomy"), ceiling_bytes=100, busy=True, queued_bytes=90, limit_bytes=90)
+    near = pool("near", gpus=("roomy",), ceiling_bytes=100, busy=True, queued_bytes=90, limit_bytes=90)
     answer = plan([wide, near], {"tight": 20, "roomy": 100}, {}, 0.0)
     assert {key: limit.target_bytes for key, limit in answer.limits.items()} == {"wide": 20, "near": 80}
+    holding = replace(wide, used_bytes=90)
+    answer = plan([holding, near], {"tight": 20, "roomy": 100}, {}, 0.0)
+    assert answer.limits["near"].target_bytes == 10, "what it still holds there can not be used yet"
 
 
 def test_a_floor_that_fits_once_a_wide_pool_steps_back_is_not_called_short() -> None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy import budgets
-from orchestrator.policy.budgets import BudgetPlan, Pool, PoolMemory
+from orchestrator.policy.budgets import BudgetPlan, PoolMemory
+from orchestrator.policy.division import Pool
 from orchestrator.policy.units import GIB, MIB
 
 TICK_S = 0.25
@@ -204,6 +205,19 @@ def test_one_look_after_a_grab_the_limits_fit(case: Case) -> None:
     after = written(case.pools, case.plan())
     for gpu in fits:
         assert sum(pool.limit_bytes for pool in after if gpu in pool.gpus) <= case.amounts[gpu]
+
+
+@quick
+@given(cases(tensor_parallel=0))
+def test_what_a_pool_holds_above_its_target_is_not_promised_to_others(case: Case) -> None:
+    """Only floors may count on memory that still has to drain: else limits add up, and use goes through the reserve."""
+    plan = case.plan()
+    for gpu, amount in case.amounts.items():
+        here = case.here(gpu)
+        heavy = [pool for pool in here if pool.mapped_bytes > plan.limits[pool.launch_id].target_bytes]
+        event("heavy" if heavy else "light")
+        kept = sum(max(plan.limits[pool.launch_id].target_bytes, pool.mapped_bytes) for pool in here)
+        assert kept <= max(amount, sum(max(pool.least, pool.mapped_bytes) for pool in here))
 
 
 @quick

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator.policy import budgets
-from orchestrator.policy.budgets import Pool, PoolMemory
+from orchestrator.policy.budgets import PoolMemory
+from orchestrator.policy.division import Pool
 from orchestrator.policy.units import GIB, MIB
 
 STEP_S = 0.02
