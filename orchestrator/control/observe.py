@@ -1,18 +1,22 @@
 """The only place that reads the world: ports -> one frozen Snapshot.
 
 NVML is read in a thread and between two looks at the segments; of the two, the smaller use counts, so that pool memory is
-never taken for larger than it is. A driver that fails or hangs leaves the last reading, marked with why it is old.
+never taken for larger than it is. A driver that fails or hangs leaves the last reading, marked with why it is old; a segment
+that vanishes leaves the last one, marked as lost, because its engine goes on with it.
 """
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 from orchestrator.control.ports import Engines, Gpus
-from orchestrator.policy.snapshot import EngineSeen, GpuReading, Snapshot, TrafficSeen
+from orchestrator.policy.snapshot import EngineSeen, GpuReading, Segment, Snapshot, TrafficSeen
 
 GPU_TIMEOUT_S = 2.0  # a read takes 0.2 ms on a healthy card
 T = TypeVar("T")
@@ -20,19 +24,33 @@ T = TypeVar("T")
 
 class Observer:
     def __init__(self, gpus: Gpus, engines: Engines, traffic: Callable[[], Mapping[str, TrafficSeen]], clock: Callable[[], float]) -> None:
-        self._gpus, self._engines, self._traffic, self._clock = gpus, engines, traffic, clock
+        self._engines, self._traffic, self._clock = engines, traffic, clock
+        self._gpus = _Worker(gpus.read)
         self._last: dict[str, GpuReading] = {}
         self._reading: asyncio.Future[Sequence[GpuReading]] | None = None  # at most one read is under way, however long it hangs
+        self._seen: Mapping[str, EngineSeen] = {}
 
     async def look(self) -> Snapshot:
-        before = self._engines.look()
+        before = self._engines.segments()
         await self._read_gpus()
-        engines = {key: _smaller(seen, before.get(key)) for key, seen in self._engines.look().items()}
-        return Snapshot(now=self._clock(), gpus=dict(self._last), engines=engines, traffic=self._traffic())
+        self._seen = {key: self._steady(seen, before.get(key)) for key, seen in self._engines.look().items()}
+        return Snapshot(now=self._clock(), gpus=dict(self._last), engines=self._seen, traffic=self._traffic())
+
+    def _steady(self, seen: EngineSeen, before: Segment | None) -> EngineSeen:
+        """With the segment that counts: the one of the two looks that shows less in use; where it was lost, that of the last look."""
+        now = seen.segment
+        if now is None:
+            if not seen.ready or seen.gone:
+                return seen
+            last = self._seen.get(seen.launch_id)
+            return replace(seen, segment=last.segment if last else None, segment_lost=True)
+        if before is None or before.mapped_bytes >= now.mapped_bytes:
+            return seen
+        return replace(seen, segment=replace(now, used_bytes=before.used_bytes, prealloc_bytes=before.prealloc_bytes))
 
     async def _read_gpus(self) -> None:
         if self._reading is None:
-            self._reading = _in_thread(self._gpus.read)
+            self._reading = self._gpus.ask()
         await asyncio.wait([self._reading], timeout=GPU_TIMEOUT_S)
         if not self._reading.done():
             self._stale(f"the driver has not answered for {GPU_TIMEOUT_S:.0f}s")
@@ -43,7 +61,8 @@ class Observer:
         except OSError as error:
             self._stale(str(error))
         else:
-            fresh = {reading.uuid: replace(reading, read_at=self._clock()) for reading in readings}
+            now = self._clock()
+            fresh = {reading.uuid: replace(reading, read_at=now) for reading in readings}
             for uuid, old in self._last.items():
                 if uuid not in fresh:
                     fresh[uuid] = replace(old, error="the driver does not list it any more")
@@ -53,22 +72,27 @@ class Observer:
         self._last = {uuid: replace(reading, error=why) for uuid, reading in self._last.items()}
 
 
-def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
-    """In a daemon thread: those of asyncio.to_thread are joined at exit, and a driver that hangs would hold that up for ever."""
-    answer: Future[T] = Future()
+class _Worker(Generic[T]):
+    """A daemon thread that does one thing each time it is asked. The threads of asyncio.to_thread are joined at exit, and a driver that
+    hangs would hold that up for ever; a new thread for each look costs more than the look. It ends with this object."""
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._asked: SimpleQueue[asyncio.Future[T] | None] = SimpleQueue()
+        threading.Thread(target=_serve, args=(work, self._asked), name="gpus", daemon=True).start()
+        weakref.finalize(self, self._asked.put, None)
+
+    def ask(self) -> "asyncio.Future[T]":
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._asked.put(answer)
+        return answer
+
+
+def _serve(work: Callable[[], T], asked: "SimpleQueue[asyncio.Future[T] | None]") -> None:
+    while (answer := asked.get()) is not None:
+        tell: Callable[[], None]
         try:
-            answer.set_result(work())
+            tell = partial(answer.set_result, work())
         except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="gpus", daemon=True).start()
-    return asyncio.wrap_future(answer)
-
-
-def _smaller(seen: EngineSeen, before: EngineSeen | None) -> EngineSeen:
-    if before is None or before.segment is None or seen.segment is None or before.segment.mapped_bytes >= seen.segment.mapped_bytes:
-        return seen
-    used, prealloc = before.segment.used_bytes, before.segment.prealloc_bytes
-    return replace(seen, segment=replace(seen.segment, used_bytes=used, prealloc_bytes=prealloc))
+            tell = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # its loop is closed: nobody waits any more
+            answer.get_loop().call_soon_threadsafe(tell)

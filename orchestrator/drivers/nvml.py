@@ -1,6 +1,7 @@
 """NVML through nvidia-ml-py (the module `pynvml`): every GPU's memory, and which process holds how much. Keys are UUIDs; indices move.
 
-A card that fails is left out of the answer; only a driver that answers nothing raises.
+A card that fails is left out of the answer; only a driver that answers nothing raises. Indices move between two inits of NVML, not
+within one, so a card is asked for its name once, and again after it has failed.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ class Nvml:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise OSError(f"NVML: {error}{_mend(error)}") from None
+        self._cards: dict[int, tuple[object, str, str]] = {}  # by index: handle, UUID, name
 
     def read(self) -> Sequence[GpuReading]:
         try:
@@ -29,10 +31,13 @@ class Nvml:
 
     def _one(self, index: int) -> GpuReading | None:
         try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+            if index not in self._cards:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                self._cards[index] = (handle, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle))
+            handle, uuid, name = self._cards[index]
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         except pynvml.NVMLError:
+            self._cards.pop(index, None)
             return None  # control/observe.py keeps its last reading and says that it is not listed any more
         return GpuReading(uuid, index, name, int(memory.total), int(memory.free), _processes(handle))
 

@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import Popen
 from typing import Protocol
 
 import pytest
@@ -55,7 +54,7 @@ class Simulated:
     def __init__(self, tmp_path: Path) -> None:
         self.gpus = SimGpus(tmp_path / "gpu", 2, CARD)
         self._log = tmp_path / "log"
-        self._children: dict[int, Popen[bytes]] = {}
+        self._children: dict[int, processes.Child] = {}
 
     def hold(self, index: int, size_bytes: int) -> int:
         process, child = processes.spawn(["sleep", "1000"], {"PATH": "/usr/bin:/bin"}, self._log)

@@ -133,6 +133,119 @@ def test_an_engine_and_the_daemon_writing_at_once_lose_nothing(name: str) -> Non
         engine.communicate()
 
 
+# ---- kept open from look to look -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(name: str) -> Iterator[kvcached.Watched]:
+    made = kvcached.Watched(name)
+    yield made
+    made.close()
+
+
+def test_a_watched_segment_shows_every_write(name: str, watched: kvcached.Watched) -> None:
+    assert (watched.read(), watched.again()) == (None, None)
+    make(name, 7, 8, 9)
+    assert watched.again() is None  # never read yet
+    assert watched.read() == Segment(7, 8, 9)
+    kvcached.write_limit(name, MIB)
+    assert watched.again() == watched.read() == Segment(MIB, 8, 9)
+
+
+def test_one_that_was_made_anew_or_removed_is_noticed_at_once(name: str, watched: kvcached.Watched) -> None:
+    path = make(name, 7, 8, 9)
+    assert watched.read() == Segment(7, 8, 9)
+    other = path.with_name(f"{name}.new")
+    other.write_bytes(struct.pack("@qqq", 1, 2, 3))
+    other.rename(path)
+    assert watched.again() == Segment(7, 8, 9)  # the file that was there
+    assert watched.read() == watched.again() == Segment(1, 2, 3)
+    path.unlink()
+    assert watched.read() is None
+    kvcached.restore(name, Segment(4, 5, 6))
+    assert watched.read() == Segment(4, 5, 6)
+
+
+@pytest.mark.parametrize("size", [0, 8, 23, 25, 4096])
+def test_one_that_was_given_another_size_is_none_until_it_is_whole_again(name: str, size: int, watched: kvcached.Watched) -> None:
+    path = SHM / name
+    path.write_bytes(b"x" * size)
+    assert watched.read() is None
+    make(name, 7, 8, 9)
+    assert watched.read() == Segment(7, 8, 9)
+    path.write_bytes(b"x" * size)
+    assert (watched.read(), watched.again()) == (None, None)
+    kvcached.restore(name, Segment(0, 0, 0))
+    assert watched.read() == Segment(0, 0, 0)
+
+
+def test_an_engine_that_was_stopped_with_the_lock_in_its_hand_is_still_seen(name: str, watched: kvcached.Watched) -> None:
+    with make(name, 7, 8, 9).open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert watched.read() == Segment(7, 8, 9)
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "folder"])
+def test_what_is_no_file_is_not_watched(name: str, what: str, watched: kvcached.Watched, tmp_path: Path) -> None:
+    path = make(name, 7, 8, 9)
+    assert watched.read() == Segment(7, 8, 9)
+    path.unlink()
+    if what == "link":
+        (tmp_path / "victim").write_bytes(b"x" * 24)
+        path.symlink_to(tmp_path / "victim")
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert (watched.read(), watched.again()) == (None, None)
+    assert kvcached.read(name) is None
+
+
+def test_it_holds_one_file_however_often_its_segment_is_made_anew(name: str, watched: kvcached.Watched) -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        (SHM / name).unlink(missing_ok=True)
+        make(name, number, 0, 0)
+        assert watched.read() == Segment(number, 0, 0)
+    assert len(os.listdir("/proc/self/fd")) == files + 1
+    watched.close()
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert watched.read() == Segment(19, 0, 0)
+
+
+STORES = """
+import fcntl, mmap, os, sys
+path, rounds = sys.argv[1], int(sys.argv[2])
+print("up", flush=True)
+for number in range(rounds):
+    file = os.open(path, os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with mmap.mmap(file, 24) as memory, memoryview(memory) as raw, raw.cast("q") as values:  # as kvcached's numpy view: int64 by int64
+        values[0] = values[1] = values[2] = 0x1111111111111111 * (number % 7 + 1)
+    os.close(file)
+"""
+
+
+def test_without_the_lock_no_value_is_half_of_one_write_and_half_of_another(name: str, watched: kvcached.Watched) -> None:
+    path, whole = make(name, 0, 0, 0), {0x1111111111111111 * number for number in range(8)}
+    engine = subprocess.Popen([sys.executable, "-c", STORES, str(path), "20000"], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    seen = set()
+    try:
+        assert engine.stdout.readline() == "up\n"
+        while engine.poll() is None:
+            segment = watched.read()
+            assert segment is not None
+            seen |= {segment.limit_bytes, segment.used_bytes, segment.prealloc_bytes}
+        assert engine.returncode == 0
+        assert seen <= whole
+        assert len(seen) > 1
+    finally:
+        engine.kill()
+        engine.communicate()
+
+
 @pytest.mark.parametrize(
     ("ipc", "folder"),
     [  # what kvcached 0.1.6's get_tp_socket_dir() answers

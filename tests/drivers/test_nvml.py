@@ -67,26 +67,43 @@ except OSError as error:
     print(json.dumps({"error": str(error)}))
 """
 
+LOOKS = """
+import json, os, sys
+from orchestrator.drivers.nvml import Nvml
+nvml, uuids = Nvml(), []
+for faults in json.loads(sys.argv[1]):
+    for name in [name for name in os.environ if name.startswith("FAKE_")]:
+        del os.environ[name]
+    os.environ.update({f"FAKE_{name}": str(code) for name, code in faults.items()})
+    uuids.append([reading.uuid for reading in nvml.read()])
+print(json.dumps({"uuids": uuids}))
+"""
+
 Read = Callable[..., dict[str, Any]]
 
 
-def run(folder: Path, faults: dict[str, int]) -> dict[str, Any]:
+def run(folder: Path, faults: dict[str, int], program: str = PROGRAM, *words: str) -> dict[str, Any]:
     env = os.environ | {"LD_LIBRARY_PATH": str(folder)} | {f"FAKE_{name}": str(code) for name, code in faults.items()}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler to build a fake libnvidia-ml.so.1 with")
     folder = tmp_path_factory.mktemp("nvml")
     (folder / "nvml.c").write_text(LIBRARY)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "nvml.c"], check=True)
-    return lambda **faults: run(folder, faults)
+    return folder
+
+
+@pytest.fixture
+def read(library: Path) -> Read:
+    return lambda **faults: run(library, faults)
 
 
 def test_cards_their_memory_and_who_holds_it(read: Read) -> None:
@@ -108,6 +125,13 @@ def test_a_driver_that_hides_processes_still_tells_the_memory(read: Read, error:
 def test_a_lost_card_is_left_out_and_the_other_one_keeps_its_index(read: Read, what: str) -> None:
     (card,) = read(**{what: GPU_IS_LOST})["cards"]
     assert (card["uuid"], card["index"]) == ("GPU-fake-1", 1)
+
+
+def test_a_card_is_asked_for_its_name_once_and_again_after_it_has_failed(library: Path) -> None:
+    faults = [{}, {"HANDLE_0": UNKNOWN}, {"MEMORY_0": GPU_IS_LOST}, {"HANDLE_0": GPU_IS_LOST}, {}]
+    seen = run(library, {}, LOOKS, json.dumps(faults))["uuids"]
+    both, second = ["GPU-fake-0", "GPU-fake-1"], ["GPU-fake-1"]
+    assert seen == [both, both, second, second, both]
 
 
 @pytest.mark.parametrize("call", ["INIT", "COUNT"])

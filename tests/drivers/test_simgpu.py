@@ -77,6 +77,62 @@ def test_a_file_that_is_just_being_made_counts_nothing_yet(gpus: SimGpus, data: 
     assert path.exists()
 
 
+def test_one_who_gives_all_back_and_comes_again_is_seen_each_time(gpus: SimGpus) -> None:
+    """Its file bears the same name, and the folder may have been changed within one tick of the kernel's clock."""
+    for number in range(1, 200):
+        path = holds(gpus, os.getpid(), struct.pack("=q", number * MIB))
+        assert gpus.read()[0].processes == {os.getpid(): number * MIB}
+        path.unlink()
+        assert gpus.read()[0].processes == {}
+
+
+def test_a_folder_that_did_not_change_is_not_listed_again(gpus: SimGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = holds(gpus, os.getpid(), struct.pack("=q", GIB))
+    for card in gpus.read():
+        os.utime(gpus.folder / "held" / card.uuid, (1e9, 1e9))  # long ago
+    gpus.read()
+    with monkeypatch.context() as patched:
+        patched.delattr(os, "listdir")
+        path.write_bytes(struct.pack("=q", 2 * GIB))
+        assert gpus.read()[0].processes == {os.getpid(): 2 * GIB}
+    path.unlink()
+    assert gpus.read()[0].processes == {}
+
+
+def test_one_who_dies_is_missed_although_the_folder_did_not_change(gpus: SimGpus, sleeper: "subprocess.Popen[bytes]") -> None:
+    path = holds(gpus, sleeper.pid, struct.pack("=q", GIB))
+    holds(gpus, os.getpid(), struct.pack("=q", MIB))
+    gpus.read()
+    os.utime(path.parent, (1e9, 1e9))
+    assert set(gpus.read()[0].processes) == {sleeper.pid, os.getpid()}
+    sleeper.kill()
+    sleeper.wait()
+    assert gpus.read()[0].processes == {os.getpid(): MIB}
+    assert not path.exists()
+
+
+def test_looks_hold_no_more_files_than_there_are_holders_and_give_them_back(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    gpus = SimGpus(tmp_path, 1, 80 * GIB)
+    holds(gpus, os.getpid(), struct.pack("=q", GIB))
+    holds(gpus, sleeper.pid, struct.pack("=q", GIB))
+    for _ in range(20):
+        gpus.read()
+    assert len(os.listdir("/proc/self/fd")) == before + 2 * 2
+    sleeper.kill()
+    sleeper.wait()
+    gpus.read()
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    del gpus
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "0.1", "-1.1", "99999999.1"])
+def test_what_is_no_living_process_counts_nothing(gpus: SimGpus, name: str) -> None:
+    (gpus.folder / "held/GPU-sim-0" / name).write_bytes(struct.pack("=q", GIB))
+    assert gpus.read()[0].used_bytes == BASE_BYTES
+
+
 def test_free_is_never_below_nothing(gpus: SimGpus) -> None:
     holds(gpus, os.getpid(), struct.pack("=q", 200 * GIB))
     assert gpus.read()[0].free_bytes == 0

@@ -33,3 +33,16 @@ def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, valu
     else:
         monkeypatch.setenv("NOTIFY_SOCKET", value)
     assert not notify("READY=1")
+
+
+def test_a_manager_that_went_and_came_back_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(str(path))
+            sock.settimeout(10)
+            assert notify("WATCHDOG=1")
+            assert sock.recv(4096) == b"WATCHDOG=1"
+        assert not notify("WATCHDOG=1")
+        path.unlink()
