@@ -7,7 +7,7 @@ from typing import Protocol
 from orchestrator.policy.footprint import Shape
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.model import ModelSpec
-from orchestrator.policy.snapshot import EngineSeen, GpuReading
+from orchestrator.policy.snapshot import EngineSeen, GpuReading, Segment
 from orchestrator.policy.stored import Event, Stored
 
 
@@ -34,6 +34,14 @@ class Engines(Protocol):
         """Write and read back the limit, and have the engine apply it. Raises OSError where the segment is not there."""
         ...
 
+    def sleep(self, launch_id: str, level: int) -> None:
+        """Move its weights to host memory (1) or drop them (2). Returns at once; what does not sleep then has an error."""
+        ...
+
+    def wake(self, launch_id: str) -> None:
+        """Bring its weights back. Returns at once; it is awake when it has answered a token."""
+        ...
+
     def trim(self, launch_id: str) -> None:
         """Have an idle engine give back what it can do without. Returns at once; asking again meanwhile is harmless."""
         ...
@@ -43,6 +51,10 @@ class Engines(Protocol):
         ...
 
     def look(self) -> Mapping[str, EngineSeen]: ...
+
+    def segments(self) -> Mapping[str, Segment | None]:
+        """The segments alone, of the engines that look() has shown before: cheaper, and one that was removed since may be missed."""
+        ...
 
     def forget(self, launch_id: str) -> None:
         """Its end was seen; look() need not name it again."""

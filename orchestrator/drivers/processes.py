@@ -1,14 +1,17 @@
 """Processes by (pid, create time) and by session. A pid alone is never believed: it may belong to a stranger by now.
 
 Each engine is its own session, so "is any of it left" and "signal all of it" need no process tree: an EngineCore whose parent
-was killed (its parent is init then) still has the session's id.
+was killed still has the session's id. Its new parent is the daemon (adopt_orphans), which buries it: no zombie stays.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import os
+import select
 import signal
 import subprocess
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import psutil
 ENGINE_OOM_SCORE = 500  # when the host runs out of memory an engine goes before the daemon does
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 DEAD = ("Z", "X")  # a zombie does not run
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +35,96 @@ class Process:
     create_time: float
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str], log: Path) -> tuple[Process, "subprocess.Popen[bytes]"]:
+class Child:
+    """A child of ours, started (spawn) or forked for us (forked): its exit code, which a parent alone learns."""
+
+    def __init__(self, pid: int, started: "subprocess.Popen[bytes] | None" = None) -> None:
+        self._pid, self._started = pid, started
+        self._code: int | None = None
+        _held[pid] = self
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for the signal that ended it; None while it runs."""
+        if self._code is None and self._started is not None:
+            self._code = self._started.poll()
+        elif self._code is None:
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:
+                self._code = 0  # somebody else has waited for it: it is over, and this is what subprocess says then too
+            else:
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Its exit code once it has ended; blocks until then. Raises TimeoutError."""
+        if self.poll() is None:
+            fd = os.pidfd_open(self._pid)
+            try:
+                ended = select.poll()
+                ended.register(fd, select.POLLIN)
+                if not ended.poll(None if timeout_s is None else timeout_s * 1000):
+                    raise TimeoutError(f"pid {self._pid} still runs after {timeout_s} s")
+            finally:
+                os.close(fd)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def kill(self) -> None:
+        if self.poll() is None:  # and so the pid is still its own
+            os.kill(self._pid, signal.SIGKILL)
+
+
+_held: "weakref.WeakValueDictionary[int, Child]" = weakref.WeakValueDictionary()
+
+
+def spawn(argv: Sequence[str], env: Mapping[str, str], log: Path, pass_fds: Sequence[int] = ()) -> tuple[Process, Child]:
     """Start a session. Its output goes to a file, never to a pipe: a pipe's other end would die with the daemon."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as out:
-        child = subprocess.Popen(
-            list(argv), env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd="/"
-        )
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{child.pid}/oom_score_adj").write_text(str(ENGINE_OOM_SCORE))
-    found = _stat(child.pid)
+        started = subprocess.Popen(
+            list(argv), env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
+            pass_fds=pass_fds,
+        )  # fmt: skip
+    found = _stat(started.pid)
     assert found is not None  # ours, and not waited for
-    return Process(child.pid, found[1]), child
+    _expendable(started.pid)
+    return Process(started.pid, found[1]), Child(started.pid, started)
+
+
+def forked(pid: int) -> tuple[Process, Child | None]:
+    """A session that another process started for us, and its handle if it is our child (adopt_orphans). Raises ProcessLookupError."""
+    found = _stat(pid)
+    if found is None or os.getsid(pid) != pid:
+        raise ProcessLookupError(f"pid {pid} leads no session")
+    _expendable(pid)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return Process(pid, found[1]), Child(pid) if psutil.Process(pid).ppid() == os.getpid() else None
+    raise ProcessLookupError(f"pid {pid} has ended")
+
+
+def adopt_orphans(from_now_on: bool = True) -> None:
+    """A descendant of ours whose parent ends becomes our child, not init's: then reap() must be called now and then. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, int(from_now_on), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def reap() -> None:
+    """Bury dead children that nobody holds: what is left of engines whose own parent died. Costs a system call where there are none.
+
+    Those of our own session are left alone: whoever started them waits for them.
+    """
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return
+    except ChildProcessError:
+        return
+    for child in psutil.Process().children():
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if child.pid not in _held and os.getsid(child.pid) != os.getsid(0):
+                os.waitpid(child.pid, os.WNOHANG)
 
 
 def alive(process: Process) -> bool:
@@ -88,6 +170,15 @@ def signal_session(process: Process, number: signal.Signals) -> int:
     return len(found)
 
 
+def memory(pid: int) -> tuple[int, int] | None:
+    """Host memory now, in bytes: resident, and its share of what it has in common with others (fork leaves nearly all in common)."""
+    try:
+        found = psutil.Process(pid).memory_full_info()
+        return found.rss, found.pss
+    except psutil.Error:
+        return None
+
+
 def who(pid: int) -> str:
     """A process for people: its user and program, as far as they may be known (not of another pid namespace)."""
     try:
@@ -126,6 +217,11 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def _expendable(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(ENGINE_OOM_SCORE))
+
+
 def _stat(pid: int) -> tuple[str, float] | None:
     """State and create time of a process, None where there is none: fields 3 and 22 of /proc/<pid>/stat."""
     try:
@@ -142,3 +238,8 @@ def how_it_ended(code: int | None) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with code {code}"
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return int(psutil.virtual_memory().total)

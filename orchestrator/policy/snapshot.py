@@ -17,7 +17,7 @@ class GpuReading:
     total_bytes: int
     free_bytes: int
     processes: Mapping[int, int] = field(default_factory=dict)
-    read_at: float = 0.0
+    read_at: float = field(default=0.0, compare=False)
     error: str | None = None
 
     @property
@@ -44,6 +44,9 @@ class EngineSeen:
 
     alive: the process we started runs. gone: no process of its session is left and what it left behind is removed.
     ready: it answered a token and its KV pool is under our control. error: why it will never be ready, or no longer is.
+    asleep: it said so itself, and until it has woken and answered a token again. host_bytes: pinned host memory, measured when it
+    fell asleep; it keeps that until it ends. sleep_s, wake_s: how long it took the last time.
+    segment_lost: somebody removed or spoiled its segment, and `segment` is the last one that was seen.
     """
 
     launch_id: str
@@ -61,6 +64,11 @@ class EngineSeen:
     capacity_bytes: int = 0
     bundle_bytes: int = 0
     acked_limit_bytes: int | None = None
+    asleep: bool = False
+    host_bytes: int = 0
+    sleep_s: float | None = None
+    wake_s: float | None = None
+    segment_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,8 @@ class TrafficSeen:
     """What users do with one model. `last_used` is the loop's clock; None: not since the daemon started.
 
     Tokens are bounds for prompt and answer together: of the largest request that runs or waits, and of all that wait.
+    `waiting_since`: the loop's clock when the one came that waits longest. `priority`: the highest that waits, with what its waiting
+    adds; 0 where nobody waits. `arrivals`: requests a second, averaged over the last minutes.
     """
 
     in_flight: int = 0
@@ -75,6 +85,9 @@ class TrafficSeen:
     last_used: float | None = None
     largest_tokens: int = 0
     waiting_tokens: int = 0
+    waiting_since: float | None = None
+    priority: int = 0
+    arrivals: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

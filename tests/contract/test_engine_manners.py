@@ -5,6 +5,7 @@ Every manner here is one that the daemon relies on or guards against. The real e
     ENGINE_PYTHON=/opt/orchestrator/engine/bin/python ENGINE_MODEL=/models/qwen-0.5b pytest -m gpu tests/contract/test_engine_manners.py
 """
 
+import asyncio
 import glob
 import http.client
 import json
@@ -12,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from orchestrator.drivers import kvcached, processes, vllm
+from orchestrator.drivers.launch_server import LaunchServers
 from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.model import ModelSpec
@@ -59,7 +60,7 @@ class Engine:
     launch: Launch
     folder: Path
     process: processes.Process
-    child: "subprocess.Popen[bytes]"
+    child: processes.Child
     gpus: Callable[[], list[GpuReading]]
     patience_s: float
 
@@ -111,7 +112,7 @@ class Engine:
 
     def ready(self) -> bool:
         if self.child.poll() is not None:
-            raise AssertionError(f"the engine ended with {self.child.returncode}:\n{self.log()[-3000:]}")
+            raise AssertionError(f"the engine ended with {self.child.poll()}:\n{self.log()[-3000:]}")
         try:
             return self.call("GET", "/health", timeout=2)[0] == 200
         except OSError:
@@ -133,7 +134,13 @@ class Engine:
 
 
 NO_VENV = pytest.mark.skipif("ENGINE_PYTHON" not in os.environ, reason="no engine venv: set ENGINE_PYTHON and ENGINE_MODEL")
-KINDS = [pytest.param("simulated", id="simulated"), pytest.param("vllm", id="vllm", marks=[pytest.mark.gpu, NO_VENV])]
+# kind, and whether it is forked from a launch server: nothing else may tell the two from each other
+KINDS = [
+    pytest.param(("simulated", False), id="simulated"),
+    pytest.param(("simulated", True), id="simulated-forked"),
+    pytest.param(("vllm", False), id="vllm", marks=[pytest.mark.gpu, NO_VENV]),
+    pytest.param(("vllm", True), id="vllm-forked", marks=[pytest.mark.gpu, NO_VENV]),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -143,7 +150,8 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
     started: list[Engine] = []
     gpus: Callable[[], list[GpuReading]]
     environ = dict(os.environ)
-    if request.param == "simulated":
+    kind, forked = request.param
+    if kind == "simulated":
         simulated = SimGpus(home / "gpu", 1, 16 * GIB)
         environ |= {"SIM_GPU_DIR": str(simulated.folder), "SIM_LOAD_S": "0"}
         venv = vllm.EngineVenv(kind="simulated", python=Path(sys.executable))
@@ -157,7 +165,9 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
         env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         venv = vllm.EngineVenv(python=Path(os.environ["ENGINE_PYTHON"]), env=env, args=["--enforce-eager", "--load-format", "dummy"])
         model, gpus = Path(os.environ["ENGINE_MODEL"]), lambda: list(nvml.read())
-    patience_s = 10.0 if request.param == "simulated" else 120.0
+    patience_s = 10.0 if kind == "simulated" else 120.0
+    servers = LaunchServers({"default": venv}, home)
+    processes.adopt_orphans()
 
     def start(*args: str, wait: bool = True) -> Engine:
         number = len(started)
@@ -168,7 +178,9 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
         # A limit that was written before the start: the engine must be seen to overwrite it.
         Path("/dev/shm", launch.ipc_name).write_bytes(kvcached.LAYOUT.pack(7, 7, 7))
         command = vllm.command(launch, venv, folder / "api.sock")
-        process, child = processes.spawn(command, vllm.environment(launch, venv, folder, environ), folder / "engine.log")
+        env, log = vllm.environment(launch, venv, folder, environ), folder / "engine.log"
+        process, child = loop.run(servers.fork("default", command, env, log)) if forked else processes.spawn(command, env, log)
+        assert child is not None
         engine = Engine(launch, folder, process, child, gpus, patience_s)
         started.append(engine)
         if wait:
@@ -176,9 +188,13 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
             engine.until(lambda: engine.segment().used_bytes > 0, "its null page mapped")
         return engine
 
-    yield start
-    for engine in started:
-        engine.end()
+    with asyncio.Runner() as loop:
+        yield start
+        for engine in started:
+            engine.end()
+        loop.run(servers.close())
+    processes.adopt_orphans(False)
+    processes.reap()
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -277,6 +293,25 @@ def test_trim_gives_back_reserved_pages(engine: Engine) -> None:
     _reserve(engine)
     assert engine.rpc("kv_trim")["mapped_bytes"] <= 2 * BUNDLE
     assert engine.segment().mapped_bytes <= 2 * BUNDLE
+
+
+def test_asleep_it_holds_its_weights_in_host_memory_and_takes_limits_and_awake_it_answers(engine: Engine) -> None:
+    """And the host memory stays its own after the wake: PyTorch keeps what it has pinned."""
+    awake = engine.held_bytes()
+    assert engine.call("GET", "/is_sleeping")[1] == {"is_sleeping": False}
+    assert engine.call("POST", "/sleep?level=1", timeout=120)[0] == 200
+    assert engine.call("GET", "/is_sleeping")[1] == {"is_sleeping": True}
+    assert engine.call("GET", "/health")[0] == 200
+    engine.until(lambda: engine.held_bytes() < awake - 800 * MIB, "its memory came back", 10)
+    pinned = engine.rpc("kv_host_memory")["host_bytes"]
+    assert pinned > 900 * MIB
+    engine.rpc("kv_trim")
+    assert _limit(engine, 2 * BUNDLE)["status"] == "applied"
+    assert engine.call("POST", "/wake_up", timeout=60)[0] == 200
+    assert engine.call("GET", "/is_sleeping")[1] == {"is_sleeping": False}
+    assert engine.complete("hello", tokens=2)["usage"]["completion_tokens"] == 2
+    assert engine.rpc("kv_host_memory")["host_bytes"] == pinned
+    _limit(engine, CEILING)
 
 
 def test_an_unknown_argument_ends_it_with_code_2(launcher: Callable[..., Engine]) -> None:

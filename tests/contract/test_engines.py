@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Protocol
 
 import pytest
@@ -82,9 +83,11 @@ class Fake:
 
 class Real:
     bundle_bytes = simulated.BUNDLE
+    forked = False
 
     def __init__(self) -> None:
         self._shop = Workshop()
+        self._shop.venvs["default"] = replace(self._shop.venvs["default"], launch_server=self.forked)
         self.gpus = self._shop.gpus
 
     @property
@@ -110,7 +113,13 @@ class Real:
         await self._shop.close()
 
 
-@pytest_asyncio.fixture(params=[Fake, Real])
+class Forked(Real):
+    """Engines of a launch server."""
+
+    forked = True
+
+
+@pytest_asyncio.fixture(params=[Fake, Real, Forked])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     make: Callable[[], Rig] = request.param
     made = make()
@@ -188,6 +197,19 @@ async def test_trim_leaves_an_idle_engine_next_to_nothing_and_may_be_asked_again
     assert seen.segment is not None
     assert (seen.segment.used_bytes, seen.error) == (rig.bundle_bytes, None)
     assert rig.gpus.read()[0].free_bytes >= free
+
+
+async def test_segments_are_those_of_the_engines_that_were_looked_at(rig: Rig) -> None:
+    assert rig.engines.segments() == {}
+    launch = await start(rig)
+    assert rig.engines.segments() == {launch.id: rig.engines.look()[launch.id].segment}
+    rig.engines.set_limit(launch.id, 7 * rig.bundle_bytes)
+    segment = rig.engines.segments()[launch.id]
+    assert segment is not None
+    assert segment.limit_bytes == 7 * rig.bundle_bytes
+    rig.engines.stop(launch.id)
+    await until(rig, launch, lambda seen: seen.gone)
+    assert rig.engines.segments() == {launch.id: None}
 
 
 async def test_a_segment_that_was_lost_is_made_anew_with_the_limit_that_held(rig: Rig) -> None:

@@ -1,9 +1,11 @@
-"""The fixture of the tests that start engines."""
+"""The fixtures of the tests that start engines."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest_asyncio
 
+from tests.support.probes import Bench
 from tests.support.simulated import Workshop, workshop
 
 
@@ -11,3 +13,12 @@ from tests.support.simulated import Workshop, workshop
 async def shop() -> AsyncIterator[Workshop]:
     async with workshop() as made:
         yield made
+
+
+@pytest_asyncio.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    try:
+        yield made
+    finally:
+        await made.close()

@@ -101,7 +101,7 @@ async def test_never_healthy_stays_a_start_and_can_be_stopped(shop: Workshop) ->
     await eventually(lambda: shop.seen(launch).phase == "profiling memory", "as far as it comes")
     seen = shop.seen(launch)
     assert (seen.alive, seen.ready, seen.error) == (True, False, None)
-    assert len(seen.pids) == 2  # so that its memory is known to be ours
+    await eventually(lambda: len(shop.seen(launch).pids) == 2, "its memory is known to be ours")
     await shop.stopped(launch)
     assert shop.leftovers(launch) == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from orchestrator.drivers import kvcached, launcher
+from orchestrator.drivers import kvcached, launcher, upkeep
 from orchestrator.policy.snapshot import Segment
 from tests.support.eventually import eventually
 from tests.support.simulated import BUNDLE, CEILING, Workshop
@@ -193,7 +193,7 @@ async def test_a_kvctl_that_fails_is_tried_again_and_never_taken_for_done(
     shop: Workshop, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The real one exits 0 whatever happens, so what counts is what is read back."""
-    monkeypatch.setattr(launcher, "RETRY_RPC_S", 0.01)
+    monkeypatch.setattr(upkeep, "RETRY_RPC_S", 0.01)
     kvctl = Kvctl(shop, works=False)
     if fault == "is no program":
         kvctl.path.chmod(0o644)

@@ -5,7 +5,6 @@ import contextlib
 import os
 import pwd
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,19 +12,19 @@ import psutil
 import pytest
 
 from orchestrator.drivers import processes
-from orchestrator.drivers.processes import Process
+from orchestrator.drivers.processes import Child, Process
 from tests.support.eventually import eventually, eventually_now
 
-Spawn = Callable[..., tuple[Process, "subprocess.Popen[bytes]"]]
+Spawn = Callable[..., tuple[Process, Child]]
 ENV = {"PATH": "/usr/bin:/bin"}
 
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """`spawn(shell script)`; every session ends with the test."""
-    made: list[tuple[Process, subprocess.Popen[bytes]]] = []
+    made: list[tuple[Process, Child]] = []
 
-    def start(script: str, log: Path = tmp_path / "out.log") -> tuple[Process, "subprocess.Popen[bytes]"]:
+    def start(script: str, log: Path = tmp_path / "out.log") -> tuple[Process, Child]:
         made.append(processes.spawn(["sh", "-c", script], ENV, log))
         return made[-1]
 
@@ -36,7 +35,7 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
         child.wait()
 
 
-def with_child(spawn: Spawn, tmp_path: Path) -> tuple[Process, "subprocess.Popen[bytes]", int]:
+def with_child(spawn: Spawn, tmp_path: Path) -> tuple[Process, Child, int]:
     """A leader and its child in one session, both waiting."""
     process, child = spawn("sleep 1000 & echo $! >&1; wait")
     log = tmp_path / "out.log"
@@ -49,7 +48,8 @@ def test_a_session_of_its_own_whose_output_goes_to_a_file(spawn: Spawn, tmp_path
     process, child = spawn("echo out; echo err >&2; cat; pwd; exec sleep 1000", log)
     eventually_now(lambda: log.exists() and log.read_text().endswith("/\n"), "all of its output")
     assert log.read_text() == "out\nerr\n/\n"  # and nothing to read on stdin
-    assert os.getsid(process.pid) == process.pid == child.pid
+    assert os.getsid(process.pid) == process.pid
+    assert child.poll() is None
     assert Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() == str(processes.ENGINE_OOM_SCORE)
     assert set(psutil.Process(process.pid).environ()) - {"PWD", "OLDPWD", "_", "SHLVL"} == {"PATH"}  # nothing is inherited unasked
 
@@ -85,12 +85,11 @@ def test_an_orphan_is_still_a_member_when_its_leader_was_killed(spawn: Spawn, tm
 
 
 def test_an_orphan_is_a_member_also_while_its_leader_is_a_zombie(spawn: Spawn, tmp_path: Path) -> None:
-    process, child, orphan = with_child(spawn, tmp_path)
+    process, _, orphan = with_child(spawn, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     eventually_now(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, "a zombie")
     assert not processes.alive(process)
     assert processes.members(process) == {orphan}
-    assert child.returncode is None
 
 
 def test_a_zombie_alone_is_nobody(spawn: Spawn) -> None:
@@ -167,7 +166,7 @@ async def test_an_exit_is_noticed_at_once_and_once(spawn: Spawn) -> None:
     processes.on_exit(process, lambda: noticed.append(1))
     await asyncio.sleep(0)
     assert noticed == []
-    child.terminate()
+    os.kill(process.pid, signal.SIGTERM)
     await eventually(lambda: noticed, "the exit")
     child.wait()
     for _ in range(3):
@@ -232,3 +231,55 @@ def test_who_a_process_is_for_people(spawn: Spawn) -> None:
     child.kill()
     child.wait()
     assert processes.who(process.pid) == f"pid {process.pid}"  # over, or of another pid namespace
+
+
+# ---- handles --------------------------------------------------------------------------------------------------------
+
+
+def test_a_handle_waits_no_longer_than_it_is_told(spawn: Spawn) -> None:
+    _, child = spawn("exec sleep 1000")
+    with pytest.raises(TimeoutError, match="still runs after 0 s"):
+        child.wait(0)
+    child.kill()
+    assert child.wait() == child.wait() == child.poll() == -signal.SIGKILL
+
+
+def test_a_child_that_somebody_else_has_buried_is_over(spawn: Spawn) -> None:
+    process, child = spawn("exit 3")
+    forked = Child(process.pid)
+    assert child.wait() == 3
+    assert forked.poll() == 0  # as subprocess says then
+
+
+def test_what_was_forked_for_us_must_lead_a_session_and_live(spawn: Spawn, tmp_path: Path) -> None:
+    process, child, grandchild = with_child(spawn, tmp_path)
+    found, handle = processes.forked(process.pid)
+    assert found == process
+    assert handle is not None
+    with pytest.raises(ProcessLookupError, match="leads no session"):
+        processes.forked(grandchild)
+    os.kill(process.pid, signal.SIGKILL)
+    child.wait()
+    with pytest.raises(ProcessLookupError):
+        processes.forked(process.pid)
+
+
+def test_a_session_that_is_not_our_child_has_no_handle(spawn: Spawn, tmp_path: Path) -> None:
+    _, _ = spawn("setsid sleep 1000 & echo $! >&1; wait")
+    log = tmp_path / "out.log"
+    eventually_now(lambda: log.read_text().endswith("\n"), "it is there")
+    pid = int(log.read_text())
+    eventually_now(lambda: os.getsid(pid) == pid, "of its own session")
+    found, handle = processes.forked(pid)
+    assert (found.pid, handle) == (pid, None)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_host_memory_of_a_process(spawn: Spawn) -> None:
+    process, child = spawn("exec sleep 1000")
+    memory = processes.memory(process.pid)
+    assert memory is not None
+    assert 0 < memory[1] <= memory[0] < 100 << 20
+    child.kill()
+    child.wait()
+    assert processes.memory(process.pid) is None

@@ -15,12 +15,11 @@ import struct
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import psutil
 
-from orchestrator.drivers import kvcached
+from orchestrator.drivers import kvcached, processes
 from orchestrator.drivers.launcher import Launcher
 from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.drivers.vllm import EngineApi, EngineVenv
@@ -75,6 +74,7 @@ class Workshop:
     """`launcher` is that of the daemon of now; `restart` lets it die without a word and makes the next one."""
 
     def __init__(self, count: int = 1) -> None:
+        processes.adopt_orphans()  # as the daemon does
         self.root = Path(tempfile.mkdtemp(prefix="orch-test-", dir="/tmp"))
         (self.root / "gpu").mkdir()
         self.gpus = SimGpus(self.root / "gpu", count, CARD)
@@ -91,7 +91,7 @@ class Workshop:
             )
         }
         self.launches: list[Launch] = []
-        self._children: list[Popen[bytes]] = []
+        self._children: list[processes.Child] = []
         self.launcher = self.new_launcher()
 
     def new_launcher(self) -> Launcher:
@@ -203,6 +203,7 @@ class Workshop:
                 await run.api.close()
             if run.child is not None:
                 self._children.append(run.child)
+        await self.launcher.close()
 
     async def close(self) -> None:
         await self._abandon()
@@ -213,6 +214,8 @@ class Workshop:
             await asyncio.sleep(0.01)
         for child in self._children:
             child.wait()
+        processes.adopt_orphans(False)
+        processes.reap()
         for launch in self.launches:
             kvcached.remove(launch.ipc_name)
         shutil.rmtree(self.root)

@@ -30,6 +30,7 @@ class CoreCalls:
         self._limit = MemoryLimit(loaded.pool) if loaded.env.kvcached else None
         self._asleep_tags: set[str] = set()
         self._profile_bytes = loaded.profile_bytes
+        self._host_bytes = 0  # pinned by the first sleep at level 1, and kept
 
     def call(self, name: str, args: list[Any]) -> tuple[Any, list[Job]]:
         if name == "sleep":
@@ -42,6 +43,7 @@ class CoreCalls:
             "kv_trim": self._kv_trim,
             "kv_empty_cache": self._kv_empty_cache,
             "kv_status": self._kv_status,
+            "kv_host_memory": lambda: {"host_bytes": self._host_bytes},
         }
         if name not in methods:
             raise AttributeError(f"'Worker' object has no attribute '{name}'")
@@ -60,6 +62,7 @@ class CoreCalls:
         if self._loaded.args.enable_sleep_mode:
             freed = self._loaded.sleeping_bytes + self._kv_empty_cache()["freed_bytes"]
             self._loaded.gpus.give(self._loaded.sleeping_bytes)
+            self._host_bytes = self._loaded.sleeping_bytes if level == 1 else self._host_bytes
             if "sleep_500" in self.faults:
                 self.weights_lost = True
                 raise AssertionError("Memory usage increased after sleeping.")

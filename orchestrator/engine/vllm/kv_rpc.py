@@ -50,6 +50,12 @@ def kv_empty_cache(core: Any, ask_workers: Callable[..., list[Any]]) -> dict[str
 
 
 @method
+def kv_host_memory(core: Any, ask_workers: Callable[..., list[Any]]) -> dict[str, Any]:
+    """Pinned host memory of all workers: what sleeping at level 1 takes. PyTorch keeps it after the wake, for the next time."""
+    return {"host_bytes": sum(ask_workers(pinned_bytes))}
+
+
+@method
 def kv_status(core: Any, ask_workers: Callable[..., list[Any]]) -> dict[str, Any]:
     managers = _managers()
     scheduler = core.scheduler
@@ -71,6 +77,13 @@ def empty_cache(worker: Any) -> int:
     before = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()
     return int(before - torch.cuda.memory_reserved())
+
+
+def pinned_bytes(worker: Any) -> int:
+    """Runs in each worker."""
+    import torch
+
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
 def install() -> None:
