@@ -14,6 +14,7 @@
     ├── EngineDied              502
     ├── StoreError              503  the state file can not be written now; nothing was changed
     ├── ModelUnavailable        503  with Retry-After where waiting helps
+    ├── NotInTime               503  the model will not be ready before the client gives up; told at once, with when to come back
     └── WaitTimeout             504
 
 Only the class decides the status; api/error_body.py formats, nothing else chooses.
@@ -140,6 +141,13 @@ class StoreError(OrchestratorError):
 class ModelUnavailable(OrchestratorError):
     status = 503
     code = "model_unavailable"
+
+
+class NotInTime(OrchestratorError):
+    """Waiting would end before the model is ready. The request is refused at once, and its model is started all the same."""
+
+    status = 503
+    code = "not_ready_in_time"
 
 
 class WaitTimeout(OrchestratorError):

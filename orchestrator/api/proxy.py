@@ -1,8 +1,8 @@
 """Requests for a model, on their way to its engine and back: one pure ASGI endpoint, the hot path.
 
-The same bytes go on and raw bytes come back; nothing is parsed but the name in `model`. The endpoint watches receive() itself,
-so a client that leaves cancels its upstream request in every phase: queued, before the first byte, mid-stream. However a
-request ends, its lease comes back.
+The same bytes go on and raw bytes come back; what is read of them is in asking.py. The endpoint watches receive() itself, so a
+client that leaves cancels its upstream request in every phase: queued, before the first byte, mid-stream. However a request
+ends, its lease comes back.
 """
 
 import asyncio
@@ -10,17 +10,18 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable
 
 import aiohttp
-import msgspec
 from multidict import CIMultiDict
 from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
-from orchestrator.api import error_body
-from orchestrator.control.traffic import Ask, Traffic
-from orchestrator.errors import BadRequest, BodyTooLarge, EngineDied, OrchestratorError
+from orchestrator.api import asking, error_body
+from orchestrator.api.asking import OWN_HEADERS, Asking
+from orchestrator.api.progress import Progress
+from orchestrator.control.traffic import Traffic
+from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
 
 # Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop; and a client's credentials, which are no engine's business.
-DROPPED_REQUEST = frozenset(
+DROPPED_REQUEST = OWN_HEADERS | frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host content-length expect"
     b" authorization x-api-key cookie".split()
 )
@@ -29,23 +30,7 @@ DROPPED_RESPONSE = frozenset(b"connection keep-alive te trailer transfer-encodin
 NOT_ADDED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 # Engines close idle connections after 75 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a pool must give up earlier, or POSTs fail.
 KEEP_ALIVE_S = 60.0
-UNBOUNDED_TOKENS = 1 << 30
-COUNT_DIGITS = 9  # of a count of tokens that is one; a larger number is no bound
-ABSENT = msgspec.Raw(b"")
-LIKELY_TOKENS = 256  # of an answer, for guessing what a queue needs
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)  # a generation may take hours
-
-
-class _Peek(msgspec.Struct):
-    """All that is looked at of a body. Lengths are not even decoded here: whether they are right is the engine's to say."""
-
-    model: str | msgspec.UnsetType = msgspec.UNSET
-    max_tokens: msgspec.Raw = ABSENT
-    max_completion_tokens: msgspec.Raw = ABSENT
-    max_output_tokens: msgspec.Raw = ABSENT
-
-
-_decode = msgspec.json.Decoder(_Peek).decode
 
 
 class Proxy:
@@ -60,36 +45,45 @@ class Proxy:
             body = await _read_body(scope, receive, self._max_body)
             if body is None:
                 return  # the client left
-            peek = _peek(body)
-            model = self._resolve(peek.model)  # type: ignore[arg-type]  # _peek has seen that it is a string
+            wanted = asking.read(scope, body)
+            model = self._resolve(wanted.model)
         except OrchestratorError as error:
             await _send_error(send, error)
             return
-        await _unless_client_leaves(self._serve(scope, send, model, body, _ask(peek, len(body))), receive)
+        await _unless_client_leaves(self._serve(scope, send, model, body, wanted), receive)
 
-    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, ask: Ask) -> None:
+    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking) -> None:
+        progress = Progress(send, model)
+        tell = progress.tell if wanted.progress else None
         try:
-            async with self._traffic.lease(model, ask) as launch_id:
-                await self._forward(scope, send, model, launch_id, body)
+            async with self._traffic.lease(model, wanted.ask, wanted.asker, tell) as launch_id:
+                await self._forward(scope, send, model, launch_id, body, progress)
         except OrchestratorError as error:
-            await _send_error(send, error)
+            if progress.begun:
+                await progress.end(error)
+            else:
+                await _send_error(send, error)
 
-    async def _forward(self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes) -> None:
-        """Raises EngineDied while the client can still be told by a status; later than that the stream is broken off."""
+    async def _forward(self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes, progress: Progress) -> None:
+        """Raises EngineDied while the client can still be told in order; later than that the stream is broken off."""
         url = "http://engine" + scope["raw_path"].decode("latin-1")
         if scope["query_string"]:
             url += "?" + scope["query_string"].decode("latin-1")
+        headers = _forwarded(scope["headers"])
+        if progress.begun:
+            headers.popall("Accept-Encoding", None)  # the answer has begun, as plain text
         session = self._session(launch_id)
         started = streaming = False
         try:
             async with session.post(
-                URL(url, encoded=True), data=body, headers=_forwarded(scope["headers"]), allow_redirects=False, skip_auto_headers=NOT_ADDED
+                URL(url, encoded=True), data=body, headers=headers, allow_redirects=False, skip_auto_headers=NOT_ADDED
             ) as upstream:
                 streaming = upstream.content_type == "text/event-stream"
-                kept = [(k.lower(), v) for k, v in upstream.raw_headers if k.lower() not in DROPPED_RESPONSE]
-                if streaming:
-                    kept.append((b"x-accel-buffering", b"no"))
-                await send({"type": "http.response.start", "status": upstream.status, "headers": kept})
+                if progress.begun and not streaming:
+                    await progress.end_with(await upstream.read(), upstream.status)
+                    return
+                if not progress.begun:
+                    await send({"type": "http.response.start", "status": upstream.status, "headers": _returned(upstream, streaming)})
                 started = True
                 async for chunk in upstream.content.iter_any():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -124,6 +118,11 @@ def _forwarded(given: Iterable[tuple[bytes, bytes]]) -> "CIMultiDict[str]":
     pairs = list(given)
     named = {name.strip().lower() for key, value in pairs if key == b"connection" for name in value.split(b",")}
     return CIMultiDict((k.decode("latin-1"), _text(v)) for k, v in pairs if k not in DROPPED_REQUEST and k not in named)
+
+
+def _returned(upstream: aiohttp.ClientResponse, streaming: bool) -> list[tuple[bytes, bytes]]:
+    kept = [(k.lower(), v) for k, v in upstream.raw_headers if k.lower() not in DROPPED_RESPONSE]
+    return [*kept, (b"x-accel-buffering", b"no")] if streaming else kept
 
 
 def _text(value: bytes) -> str:
@@ -176,32 +175,6 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
-
-
-def _peek(body: bytes) -> _Peek:
-    """Raises BadRequest unless the body is a JSON object with a model in it."""
-    try:
-        peek = _decode(body)
-    except msgspec.ValidationError as error:
-        what = "`model` must be a string" if "$.model" in str(error) else "the request body must be a JSON object"
-        raise BadRequest(f"Bad request: {what}.", param="model" if "model" in what else None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The request body is not JSON: {error}") from None
-    except RecursionError:
-        raise BadRequest("The request body is nested too deeply.") from None
-    if not peek.model or not isinstance(peek.model, str):
-        raise BadRequest("The field `model` is missing: name one of GET /v1/models.", param="model", code="missing_required_parameter")
-    return peek
-
-
-def _ask(peek: _Peek, body_bytes: int) -> Ask:
-    """Byte-level tokenizers never make more tokens than bytes; English text makes about a quarter. An answer without a bound may
-    fill its model's context, whose length policy knows."""
-    given = (bytes(raw) for raw in (peek.max_completion_tokens, peek.max_tokens, peek.max_output_tokens))
-    bounds = [int(text) for text in given if text.isdigit() and len(text) <= COUNT_DIGITS]
-    answer = min((bound for bound in bounds if bound > 0), default=None)
-    most = body_bytes + (UNBOUNDED_TOKENS if answer is None else answer)
-    return Ask(most, first=body_bytes, likely=body_bytes // 4 + min(answer or LIKELY_TOKENS, LIKELY_TOKENS))
 
 
 async def _send_error(send: Send, error: OrchestratorError) -> None:

@@ -1,27 +1,32 @@
 """Requests at the doors of their models: who runs, who waits. The loop opens and shuts doors; a lease always comes back.
 
 Everything here is synchronous between awaits, on one event loop: checking a door and counting a request are one step, so
-the count can not be stranded by a client that leaves at the wrong moment.
+the count can not be stranded by a client that leaves at the wrong moment. Who of those that wait is next: see queue.py.
 """
 
 import asyncio
+import contextlib
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from orchestrator.errors import ModelNotFound, OrchestratorError, QueueFull, WaitTimeout
+from orchestrator.control.queue import Place, Queue
+from orchestrator.control.tally import Arrivals, Largest
+from orchestrator.errors import ModelNotFound, NotInTime, OrchestratorError, QueueFull, WaitTimeout
 from orchestrator.policy.snapshot import TrafficSeen
 
 ROOM_S = 0.5  # a limit is in force 0.15 s after the loop has seen the need, where there is memory
+TELL_S = 5.0  # who wants to be told hears something this often: nginx cuts an answer after 60 s of silence, people sooner
 
 
 @dataclass(frozen=True, slots=True)
 class Door:
     """How requests for one model fare now. `launch_id`: where to; None: they wait, or get `error` at once.
 
-    `fitting_tokens`: the longest request that its engine's limit lets run to the end; None: all that its model takes.
+    `retry_after_s`: how long it will take until it is open. `fitting_tokens`: the longest request that its engine's limit lets run
+    to the end; None: all that its model takes. `phase`: what is being done for those who wait, in words. `timed`: retry_after_s is
+    what the model has shown, not a guess.
     """
 
     launch_id: str | None = None
@@ -30,6 +35,8 @@ class Door:
     max_concurrency: int = 256
     max_queue: int = 512
     fitting_tokens: int | None = None
+    phase: str = ""
+    timed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +49,79 @@ class Ask:
     likely: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, and how. Clients of one `priority` (the highest is served first) are served in turn. `patience_s`: how long it
+    waits by its own word; None: as long as we let it."""
+
+    client: str = ""
+    priority: int = 0
+    patience_s: float | None = None
+
+
+Tell = Callable[[Door], Awaitable[None]]
+
+
 @dataclass(slots=True, eq=False)
-class _Waiter:
+class _Waiter(Place):
     turn: asyncio.Future[str]
     ask: Ask
+    news: asyncio.Event | None = None  # set when there is something to tell
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Model:
+    name: str
     door: Door
-    running: Counter[int] = field(default_factory=Counter)  # bounds of the requests in flight
     in_flight: int = 0
-    waiters: deque[_Waiter] = field(default_factory=deque)
+    queue: Queue[_Waiter] = field(default_factory=Queue)
+    told: set[_Waiter] = field(default_factory=set)
     lookers: list[asyncio.Future[None]] = field(default_factory=list)  # wait for the next word of the loop
     last_used: float | None = None
+    bounds: Largest = field(default_factory=Largest)  # of those that run or wait
+    waiting_tokens: int = 0
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
-    def seen(self) -> TrafficSeen:
-        largest = max((*self.running, *(waiter.ask.most for waiter in self.waiters)), default=0)
-        return TrafficSeen(self.in_flight, len(self.waiters), self.last_used, largest, sum(w.ask.likely for w in self.waiters))
+    def seen(self, now: float) -> TrafficSeen:
+        return TrafficSeen(
+            in_flight=self.in_flight,
+            waiting=len(self.queue),
+            last_used=self.last_used,
+            largest_tokens=self.bounds.value,
+            waiting_tokens=self.waiting_tokens,
+            waiting_since=self.queue.waiting_since,
+            priority=self.queue.priority(now),
+            arrivals=self.arrivals.rate(now),
+        )
+
+    @property
+    def room(self) -> str | None:
+        """The launch that takes one more request now."""
+        return self.door.launch_id if self.in_flight < self.door.max_concurrency else None
+
+    def is_stuck_with(self, ask: Ask) -> bool:
+        """An idle engine whose limit is under what its first request needs would not begin it."""
+        return self.in_flight == 1 and self.door.fitting_tokens is not None and ask.first > self.door.fitting_tokens
 
     def enter(self, ask: Ask, now: float) -> None:
         self.in_flight += 1
-        self.running[ask.most] += 1
+        self.bounds.add(ask.most)
         self.last_used = now
 
     def leave(self, ask: Ask) -> None:
         self.in_flight -= 1
-        self.running[ask.most] -= 1
-        if self.running[ask.most] <= 0:
-            del self.running[ask.most]
+        self.bounds.remove(ask.most)
 
 
 class Traffic:
-    def __init__(self, wake: Callable[[], None], max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._wake, self._max_wait_s, self._clock = wake, max_wait_s, clock
+    """`max_wait_s`: how long a request may wait; `max_queue`: how many may, at all doors together (each has its own bound too)."""
+
+    def __init__(
+        self, wake: Callable[[], None], max_wait_s: float, clock: Callable[[], float] = time.monotonic, max_queue: int = 4096
+    ) -> None:
+        self._wake, self._max_wait_s, self._clock, self._max_queue = wake, max_wait_s, clock, max_queue
         self._models: dict[str, _Model] = {}
+        self._waiting = 0
 
     def publish(self, doors: Mapping[str, Door]) -> None:
         """The loop's word on every model; called after limits were written."""
@@ -84,29 +129,35 @@ class Traffic:
             model = self._models.pop(name)
             self._refuse(model, ModelNotFound(f"The model {name!r} was removed.", param="model"))
         for name, door in doors.items():
-            model = self._models.setdefault(name, _Model(door))
-            model.door = door
+            model = self._models.setdefault(name, _Model(name, door))
+            before, model.door = model.door, door
             if door.error is not None:
                 self._refuse(model, door.error)
             self._grant(model)
+            if (door.phase, door.launch_id) != (before.phase, before.launch_id):
+                for waiter in model.told:
+                    _has_news(waiter)
             while model.lookers:
                 looker = model.lookers.pop()
                 if not looker.done():
                     looker.set_result(None)
 
     def seen(self) -> dict[str, TrafficSeen]:
-        return {name: model.seen() for name, model in self._models.items()}
+        now = self._clock()
+        return {name: model.seen(now) for name, model in self._models.items()}
 
     @asynccontextmanager
-    async def lease(self, name: str, ask: Ask = Ask()) -> AsyncIterator[str]:
+    async def lease(self, name: str, ask: Ask = Ask(), asker: Asker = Asker(), tell: Tell | None = None) -> AsyncIterator[str]:
         """Hold a place at `name` and get the launch id to send to. Waits while the model is not ready or full, and shortly while
-        its limit is raised for a request that does not fit.
+        its limit is raised for a request that does not fit. `tell` hears of the door while it waits: at once, when its phase
+        changes, and every TELL_S. Where nothing is told, the request did not wait.
 
-        Raises ModelNotFound, ModelUnavailable, QueueFull, or WaitTimeout after max_wait_s.
+        Raises ModelNotFound, ModelUnavailable, QueueFull, NotInTime if it would wait in vain, or WaitTimeout.
         """
-        model, launch_id = await self._enter(name, ask)  # this object until the lease ends, also if the model is removed meanwhile
+        model, launch_id = await self._enter(name, ask, asker, tell)  # this object to the end, also if the model is removed meanwhile
         try:
-            await self._make_room(model, ask)
+            if model.is_stuck_with(ask):
+                await self._make_room(model, ask)
             yield launch_id
         finally:
             model.leave(ask)
@@ -116,11 +167,11 @@ class Traffic:
                 self._wake()  # a draining model may end now
 
     async def _make_room(self, model: _Model, ask: Ask) -> None:
-        """An idle engine whose limit is under what its first request needs would be stuck. This one counts as running already, so
-        the loop sees its need: let it raise the limit first. After ROOM_S, or in company, the request goes on all the same."""
+        """This one counts as running already, so the loop sees its need: let it raise the limit first. After ROOM_S, or in company,
+        the request goes on all the same."""
         try:
             async with asyncio.timeout(ROOM_S):
-                while model.in_flight == 1 and model.door.fitting_tokens is not None and ask.first > model.door.fitting_tokens:
+                while model.is_stuck_with(ask):
                     looker: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                     model.lookers.append(looker)
                     self._wake()
@@ -128,54 +179,122 @@ class Traffic:
         except TimeoutError:
             pass
 
-    async def _enter(self, name: str, ask: Ask) -> tuple[_Model, str]:
-        model = self._models.get(name)
+    async def _enter(self, name: str, ask: Ask, asker: Asker, tell: Tell | None) -> tuple[_Model, str]:
+        model, now = self._models.get(name), self._clock()
         if model is None:
             raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
         door = model.door
         if door.error is not None:
             raise door.error
-        if door.launch_id is not None and model.in_flight < door.max_concurrency and not model.waiters:
-            model.enter(ask, self._clock())
-            return model, door.launch_id
-        if len(model.waiters) >= door.max_queue:
-            raise QueueFull(
-                f"{len(model.waiters)} requests wait for {name!r} already (max_queue): try again later.", retry_after_s=door.retry_after_s
+        model.arrivals.add(now)
+        if (launch_id := model.room) is not None and not model.queue:
+            model.enter(ask, now)
+            return model, launch_id
+        patience_s, whose = self._max_wait_s, "requests.max_wait"
+        if asker.patience_s is not None and asker.patience_s < patience_s:
+            patience_s, whose = asker.patience_s, "its own timeout"
+        if door.launch_id is None and door.timed and door.retry_after_s > patience_s:
+            self._expect_back(model)
+            raise NotInTime(
+                f"{name!r} will be ready in about {door.retry_after_s:.0f}s, and this request waits {patience_s:.0f}s ({whose}): come"
+                " back then, it is being started.",
+                retry_after_s=door.retry_after_s,
             )
-        turn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(turn, ask)
-        model.waiters.append(waiter)
+        if len(model.queue) >= door.max_queue or self._waiting >= self._max_queue:
+            self._make_place(model, asker.client)
+        waiter = self._queue(model, ask, asker, now)
         self._wake()
         try:
-            async with asyncio.timeout(self._max_wait_s):
-                return model, await turn
+            async with asyncio.timeout(patience_s):
+                if tell is not None:
+                    await self._keep_telling(model, waiter, tell)
+                return model, await waiter.turn
         except TimeoutError:
             self._leave(model, waiter)
+            self._expect_back(model)
             raise WaitTimeout(
-                f"{name!r} was not ready within {self._max_wait_s:.0f}s (requests.max_wait).", retry_after_s=door.retry_after_s
+                f"{name!r} was not ready within {patience_s:.0f}s ({whose}).", retry_after_s=model.door.retry_after_s
             ) from None
         except BaseException:
             self._leave(model, waiter)
             raise
 
+    async def _keep_telling(self, model: _Model, waiter: _Waiter, tell: Tell) -> None:
+        """Until its turn. What happens while it is told something is told next."""
+        waiter.news = asyncio.Event()
+        waiter.turn.add_done_callback(lambda turn: _has_news(waiter))
+        model.told.add(waiter)
+        try:
+            while not waiter.turn.done():
+                waiter.news.clear()
+                await tell(model.door)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TELL_S):
+                        await waiter.news.wait()
+        finally:
+            model.told.discard(waiter)
+
+    def _expect_back(self, model: _Model) -> None:
+        """Somebody was told when to come back: until then the model counts as asked for, or it would never be started."""
+        model.last_used = self._clock()
+        self._wake()
+
+    def _make_place(self, model: _Model, client: str) -> None:
+        """In a full queue a client that has less than its share gets a place of the one that has most. Raises QueueFull for others."""
+        waiting, bound = f"{len(model.queue)} requests wait for {model.name!r}", "max_queue"
+        if len(model.queue) < model.door.max_queue:
+            waiting, bound = f"{self._waiting} requests wait for their models", "requests.max_queue"
+        full = QueueFull(f"{waiting} already ({bound}): try again later.", retry_after_s=model.door.retry_after_s)
+        out = model.queue.crowded_out(client)
+        if out is None:
+            raise full
+        self._unqueue(model, out)
+        if not out.turn.done():
+            out.turn.set_exception(full)
+
+    def _queue(self, model: _Model, ask: Ask, asker: Asker, now: float) -> _Waiter:
+        waiter = _Waiter(asker.client, asker.priority, now, asyncio.get_running_loop().create_future(), ask)
+        model.queue.add(waiter)
+        model.bounds.add(ask.most)
+        model.waiting_tokens += ask.likely
+        self._waiting += 1
+        return waiter
+
+    def _unqueue(self, model: _Model, waiter: _Waiter, served_at: float | None = None) -> None:
+        if served_at is None:
+            model.queue.remove(waiter)
+        else:
+            model.queue.serve(waiter, served_at)
+        model.bounds.remove(waiter.ask.most)
+        model.waiting_tokens -= waiter.ask.likely
+        self._waiting -= 1
+
     def _leave(self, model: _Model, waiter: _Waiter) -> None:
         """A waiter goes. If its turn came in the same instant, the place that it was given goes to the next."""
-        if waiter in model.waiters:
-            model.waiters.remove(waiter)
+        if waiter in model.queue:
+            self._unqueue(model, waiter)
         elif waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
             model.leave(waiter.ask)
             self._grant(model)
 
     def _grant(self, model: _Model) -> None:
-        door = model.door
-        while door.launch_id is not None and model.waiters and model.in_flight < door.max_concurrency:
-            waiter = model.waiters.popleft()
-            if not waiter.turn.done():
-                model.enter(waiter.ask, self._clock())
-                waiter.turn.set_result(door.launch_id)
+        while model.queue and (launch_id := model.room) is not None:
+            waiter, now = model.queue.first(), self._clock()
+            if waiter.turn.done():  # it leaves in this very instant
+                self._unqueue(model, waiter)
+                continue
+            self._unqueue(model, waiter, served_at=now)
+            model.enter(waiter.ask, now)
+            waiter.turn.set_result(launch_id)
 
     def _refuse(self, model: _Model, error: OrchestratorError) -> None:
-        while model.waiters:
-            waiter = model.waiters.popleft()
+        while model.queue:
+            waiter = model.queue.first()
+            self._unqueue(model, waiter)
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
+
+
+def _has_news(waiter: _Waiter) -> None:
+    if waiter.news is not None:
+        waiter.news.set()

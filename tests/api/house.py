@@ -49,7 +49,7 @@ class Engines:
         self.seen: dict[str, EngineSeen] = {}
         self.launches: dict[str, Launch] = {}
         self.slow: set[str] = set()  # models whose engine becomes ready only when the test says so
-        self.wake: Callable[[], None] = lambda: None
+        self.notify: Callable[[], None] = lambda: None
 
     async def adopt(self) -> Sequence[Launch]:
         return []
@@ -71,22 +71,30 @@ class Engines:
             bundle_bytes=96 * MIB,
             capacity_bytes=launch.ceiling_bytes,
         )
-        self.wake()
+        self.notify()
 
     def die(self, model: str, error: str, *log: str) -> None:
         launch = self._of(model)
         self.seen[launch.id] = replace(self.seen[launch.id], alive=False, ready=False, error=error, log_tail=log)
-        self.wake()
+        self.notify()
 
     def stop(self, launch_id: str) -> None:
         self.seen[launch_id] = replace(self.seen[launch_id], alive=False, ready=False, gone=True, segment=None)
-        self.wake()
+        self.notify()
 
     def set_limit(self, launch_id: str, limit_bytes: int) -> None:
         segment = self.seen[launch_id].segment
         assert segment is not None
         segment = replace(segment, limit_bytes=limit_bytes)
         self.seen[launch_id] = replace(self.seen[launch_id], segment=segment, acked_limit_bytes=limit_bytes)
+
+    def sleep(self, launch_id: str, level: int) -> None:
+        self.seen[launch_id] = replace(self.seen[launch_id], asleep=True, host_bytes=15 * GIB, sleep_s=0.5)
+        self.notify()
+
+    def wake(self, launch_id: str) -> None:
+        self.seen[launch_id] = replace(self.seen[launch_id], asleep=False, wake_s=0.25)
+        self.notify()
 
     def trim(self, launch_id: str) -> None:
         pass
@@ -96,6 +104,9 @@ class Engines:
 
     def look(self) -> Mapping[str, EngineSeen]:
         return dict(self.seen)
+
+    def segments(self) -> Mapping[str, Segment | None]:
+        return {launch_id: seen.segment for launch_id, seen in self.seen.items()}
 
     def forget(self, launch_id: str) -> None:
         self.seen.pop(launch_id, None)
@@ -181,7 +192,7 @@ async def house(
         await store.open()
         stack.push_async_callback(store.close)
         engines = Engines(folder)
-        engines.wake = wake.set
+        engines.notify = wake.set
         models = [ModelSpec.model_validate({"preload": ready, **spec}) for spec in specs]
         registry = Registry(store, Sources({}), models, ["default"], rules)
         await registry.load()
@@ -196,6 +207,7 @@ async def house(
             state_dir=str(folder),
             phases=vllm.PHASES,
             started_at=time.monotonic(),
+            host_budget_bytes=64 * GIB,
         )
         socket_of = lambda launch_id: str(upstream.path)  # noqa: E731
         admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()

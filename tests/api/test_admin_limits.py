@@ -101,8 +101,8 @@ async def test_explain_adds_up_line_by_line_and_says_what_would_change_each_limi
         (card,) = read(cards)
         return [type(card)(card.uuid, card.index, card.name, card.total_bytes, 40 * GIB, {4242: 10 * GIB, 66: 20 * GIB})]
 
+    monkeypatch.setattr(Cards, "read", with_a_stranger)
     async with house(folder, FILE, {"name": "down", "source": "org/file", "preload": False}) as at:
-        monkeypatch.setattr(Cards, "read", with_a_stranger)
         assert at.loop.view is not None
         ticks = at.loop.view.ticks
         await at.until(lambda: at.loop.view and at.loop.view.ticks > ticks + 2, "it has looked")

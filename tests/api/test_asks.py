@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.api.proxy import LIKELY_TOKENS, UNBOUNDED_TOKENS
+from orchestrator.api.asking import LIKELY_TOKENS, UNBOUNDED_TOKENS
 from tests.api.house import house
 
 QWEN = {"name": "qwen", "source": "org/qwen"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.policy.actions import Learn
 from tests.api.house import house
 from tests.api.rawclient import Answer
 
@@ -119,15 +120,25 @@ async def test_a_full_queue_is_a_429_that_says_when_to_come_back(folder: Path) -
         assert (await waiting.answer()).status == 200
 
 
-async def test_a_model_that_is_not_ready_in_time_is_a_504(folder: Path) -> None:
+async def test_a_model_that_will_not_be_ready_in_time_is_a_503_and_is_started_all_the_same(folder: Path) -> None:
     async with house(folder, QWEN, ready=False, max_wait_s=0.2) as at:
-        at.engines.slow.add("qwen")
+        await at.registry.learn(
+            Learn("qwen", at.registry.get("qwen").spec.footprint_key(), {"start_s": 5.0})
+        )  # it has shown how long it takes
+        await at.until(lambda: at.registry.get("qwen").footprint.start_s == 5.0, "that is known")
+        async with at.loop.ticked:
+            await at.loop.ticked.wait()
         answer = await at.post(CHAT, b'{"model":"qwen"}')
-        assert answer.status == 504
-        assert (answer.error["type"], answer.error["code"]) == ("server_error", "timeout")
+        assert answer.status == 503
+        assert (answer.error["type"], answer.error["code"]) == ("server_error", "not_ready_in_time")
         assert "requests.max_wait" in answer.error["message"]
         assert int(answer.header(b"retry-after") or 0) >= 1
         await at.until_counts("qwen", 0, 0)
+        await at.until_state("qwen", "ready")  # nobody waits for it, but somebody was told to come back
+        async with at.client() as client:
+            await client.request(CHAT, b'{"model":"qwen"}')
+            await (await at.upstream.request()).answer(200, b"{}")
+            assert (await client.answer()).status == 200
 
 
 async def test_a_stopped_or_failed_model_is_a_503_at_once(folder: Path) -> None:

@@ -1,0 +1,133 @@
+"""What a request says of itself: in its body for which model and how much, in its headers who asks, how urgently, how patiently.
+
+Read once, before it may wait. Only what this daemon acts on is looked at: the rest is its engine's to judge.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from starlette.types import Scope
+
+from orchestrator.control.traffic import TELL_S, Ask, Asker
+from orchestrator.errors import BadRequest
+
+UNBOUNDED_TOKENS = 1 << 30
+COUNT_DIGITS = 9  # of a count of tokens that is one; a larger number is no bound
+ABSENT = msgspec.Raw(b"")
+LIKELY_TOKENS = 256  # of an answer, for guessing what a queue needs
+STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})  # those that `stream` is a field of
+OWN_HEADERS = frozenset({b"x-priority", b"x-progress", b"x-request-timeout"})  # said to this daemon
+# What SDKs say of their own timeouts, in seconds. The first is the time between two reads (Python: openai, anthropic), the second that
+# to the head of the answer (JavaScript: both; Python's anthropic sends it beside the first). Both bound silence, not the whole.
+SILENCE = (b"x-stainless-read-timeout", b"x-stainless-timeout")
+SECONDS = re.compile(rb"[0-9]{1,9}(\.[0-9]*)?")
+PRIORITY = re.compile(rb"[+-]?[0-8]")
+
+
+class _Peek(msgspec.Struct):
+    """All that is looked at of a body. Lengths are not even decoded here: whether they are right is the engine's to say."""
+
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    stream: msgspec.Raw = ABSENT
+    max_tokens: msgspec.Raw = ABSENT
+    max_completion_tokens: msgspec.Raw = ABSENT
+    max_output_tokens: msgspec.Raw = ABSENT
+
+
+_decode = msgspec.json.Decoder(_Peek).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """`progress`: it wants to be told what it waits for."""
+
+    model: str
+    ask: Ask
+    asker: Asker
+    progress: bool
+
+
+def read(scope: Scope, body: bytes) -> Asking:
+    """Raises BadRequest unless the body is a JSON object with a model in it, and the headers that are for us can be understood."""
+    peek, headers = _peek(body), dict(scope["headers"])
+    progress = _wants_progress(headers) and scope["path"] in STREAMED and bytes(peek.stream) == b"true"
+    asker = Asker(client_of(scope, headers), _priority(headers), _patience_s(headers, progress))
+    return Asking(str(peek.model), _ask(peek, len(body)), asker, progress)
+
+
+def client_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+    """Whose turn it uses: its address; on this machine, where all have the same, that of its credentials if it sends some."""
+    address: str = (scope.get("client") or ("",))[0]
+    credentials = headers.get(b"authorization")
+    if credentials and (not address or address == "::1" or address.startswith("127.")):
+        return f"key {hash(credentials):x}"  # salted anew in each run: of the secret itself nothing is kept
+    return address
+
+
+def _priority(headers: Mapping[bytes, bytes]) -> int:
+    given = headers.get(b"x-priority")
+    if given is None:
+        return 0
+    if not PRIORITY.fullmatch(given):
+        raise _bad("X-Priority", given, "an integer from -8 to 8")
+    return int(given)
+
+
+def _patience_s(headers: Mapping[bytes, bytes], progress: bool) -> float | None:
+    """The shortest time after which the client says it will have left, less a moment so that it still hears why.
+
+    Who is told what goes on is not in silence: only a timeout that is nearly as short as the pauses counts then.
+    """
+    shortest = math.inf
+    for name in SILENCE:
+        if name in headers and (silence := _seconds(headers[name])) and (not progress or silence <= 2 * TELL_S):
+            shortest = min(shortest, silence)
+    if (own := headers.get(b"x-request-timeout")) is not None:
+        if not (whole := _seconds(own)):
+            raise _bad("X-Request-Timeout", own, "a number of seconds above 0")
+        shortest = min(shortest, whole)
+    return None if shortest == math.inf else shortest - min(1.0, shortest / 10)
+
+
+def _seconds(given: bytes) -> float:
+    """0 for what is none: an SDK whose timeout is off writes None, NOT_GIVEN, 0 or infinity."""
+    return float(given) if SECONDS.fullmatch(given) else 0.0
+
+
+def _wants_progress(headers: Mapping[bytes, bytes]) -> bool:
+    given = headers.get(b"x-progress")
+    if given is not None and given.lower() != b"sse":
+        raise _bad("X-Progress", given, "`sse`")
+    return given is not None
+
+
+def _bad(name: str, given: bytes, wanted: str) -> BadRequest:
+    return BadRequest(f"The header {name} is {given.decode('latin-1')!r}: it must be {wanted}, or left out.", param=name)
+
+
+def _peek(body: bytes) -> _Peek:
+    try:
+        peek = _decode(body)
+    except msgspec.ValidationError as error:
+        what = "`model` must be a string" if "$.model" in str(error) else "the request body must be a JSON object"
+        raise BadRequest(f"Bad request: {what}.", param="model" if "model" in what else None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    except RecursionError:
+        raise BadRequest("The request body is nested too deeply.") from None
+    if not peek.model or not isinstance(peek.model, str):
+        raise BadRequest("The field `model` is missing: name one of GET /v1/models.", param="model", code="missing_required_parameter")
+    return peek
+
+
+def _ask(peek: _Peek, body_bytes: int) -> Ask:
+    """Byte-level tokenizers never make more tokens than bytes; English text makes about a quarter. An answer without a bound may
+    fill its model's context, whose length policy knows."""
+    given = (bytes(raw) for raw in (peek.max_completion_tokens, peek.max_tokens, peek.max_output_tokens))
+    bounds = [int(text) for text in given if text.isdigit() and len(text) <= COUNT_DIGITS]
+    answer = min((bound for bound in bounds if bound > 0), default=None)
+    most = body_bytes + (UNBOUNDED_TOKENS if answer is None else answer)
+    return Ask(most, first=body_bytes, likely=body_bytes // 4 + min(answer or LIKELY_TOKENS, LIKELY_TOKENS))

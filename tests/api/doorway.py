@@ -1,0 +1,59 @@
+"""The users' server on a real socket with one model, `one`, whose door is published by hand: so a test holds every moment of a wait."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import settings
+from orchestrator.api.app import users_app
+from orchestrator.api.openai import forwarded_routes
+from orchestrator.api.proxy import Proxy
+from orchestrator.control.traffic import Door, Traffic
+from orchestrator.daemon import _server
+from tests.api.rawclient import Client, connected
+from tests.api.upstream import Upstream, scripted
+from tests.support.eventually import eventually
+
+DEADLINE_S = 20.0
+
+
+@dataclass
+class Doorway:
+    address: tuple[str, int]
+    traffic: Traffic
+    upstream: Upstream
+
+    def door(self, launch_id: str | None = "one", **fields: object) -> None:
+        self.traffic.publish({"one": Door(launch_id, **fields)})  # type: ignore[arg-type]
+
+    def client(self) -> "contextlib.AbstractAsyncContextManager[Client]":
+        return connected(self.address)
+
+    async def until_counts(self, in_flight: int, waiting: int) -> None:
+        def reached() -> bool:
+            seen = self.traffic.seen()["one"]
+            return (seen.in_flight, seen.waiting) == (in_flight, waiting)
+
+        await eventually(reached, f"{in_flight} in flight, {waiting} waiting; {self.traffic.seen()}")
+
+
+@contextlib.asynccontextmanager
+async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096) -> AsyncIterator[Doorway]:
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(scripted(folder / "engine.sock"))
+        traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
+        proxy = Proxy(traffic, lambda name: name, lambda launch_id: str(upstream.path), 1 << 20)
+        public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server = _server(users_app([], list(forwarded_routes(proxy)), None, None), settings.Settings())
+        serving = asyncio.create_task(server.serve([public]))
+
+        async def stop() -> None:
+            server.should_exit = server.force_exit = True
+            await asyncio.wait_for(serving, DEADLINE_S)
+            await proxy.forget_all_but(())
+
+        stack.push_async_callback(stop)
+        yield Doorway(public.getsockname(), traffic, upstream)
