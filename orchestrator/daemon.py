@@ -73,13 +73,19 @@ async def serve(config: Settings, files: Sequence[Path]) -> None:
 
 async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, public: socket.socket, admin_socket: socket.socket) -> None:
     started_at = time.monotonic()
+    with contextlib.suppress(OSError):  # where that is forbidden they are init's, and how they end stays unknown
+        processes.adopt_orphans()
     gpus, gpu_source = _gpus(config)
     wake = asyncio.Event()
-    rules = Rules(config.memory.reserve, config.requests.drain_timeout)
-    registry = Registry(store, Sources(dict(os.environ)), config.models.values(), config.engines, rules)
+    sleepers = config.memory.sleepers if config.memory.sleepers is not None else processes.host_bytes() // 2
+    rules = Rules(config.memory.reserve, config.requests.drain_timeout, sleepers)
+    venvs = _venvs(config, gpu_source)
+    versions = {name: vllm.version(venv) for name, venv in venvs.items()}
+    sources = Sources(dict(os.environ))
+    registry = Registry(store, sources, config.models.values(), config.engines, rules, versions=lambda engine: versions.get(engine, ""))
     await registry.load()
-    launcher = Launcher(_venvs(config, gpu_source), config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
-    traffic = Traffic(wake.set, config.requests.max_wait)
+    launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
+    traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     proxy = Proxy(traffic, registry.resolve, launcher.socket, config.requests.max_body)
     loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
@@ -94,8 +100,10 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
         state_dir=str(config.state_dir),
         phases=vllm.PHASES,
         started_at=started_at,
+        host_budget_bytes=rules.host_budget_bytes,
     )
-    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, processes.who).router()
+    who = processes.who
+    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers).router()
     boot = time.time()
     key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
     users = users_app([models_router(registry, loop, lambda: boot)], list(forwarded_routes(proxy)), admin, key)
@@ -112,6 +120,7 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal was closed; engines must not outlive that
         running.add_signal_handler(number, stop.set)
     loop.adopt(await launcher.adopt(), time.monotonic())
+    launcher.warm({known.spec.engine for known in registry.known().values()})
     await loop.tick()  # a first look, so that whoever connects finds figures
     reconciling = asyncio.create_task(loop.run(), name="loop")
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
@@ -133,6 +142,7 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     tidying.cancel()
     await proxy.forget_all_but(())
     await loop.settle()
+    await launcher.close()
     log.info("stopped")
 
 
@@ -180,6 +190,7 @@ def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
             env=engine.env,
             args=engine.args,
             stop_grace_s=engine.stop_grace,
+            launch_server=engine.launch_server,
         )
         for name, engine in config.engines.items()
     }

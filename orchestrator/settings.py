@@ -61,6 +61,7 @@ class Memory(Section):
     limit_writer: Literal["direct", "kvctl"] = Field(
         "direct", description="kvctl: limits are written by the engine venv's own kvctl, 3 s a call, instead of directly."
     )
+    sleepers: Size | None = Field(None, description="Host memory that sleeping models may hold in all. Default: half of the machine's.")
 
 
 class Loop(Section):
@@ -70,6 +71,7 @@ class Loop(Section):
 class Requests(Section):
     max_body: Size = Field(64 * MIB, ge=1024, description="A larger request body is refused with 413.")
     max_wait: Duration = Field(600.0, description="How long a request may wait for its model (504 after that).")
+    max_queue: int = Field(4096, ge=1, description="How many may wait, for all models together (429 above that).")
     drain_timeout: Duration = Field(60.0, description="How long a model that is being stopped may finish its requests.")
 
 
@@ -81,6 +83,7 @@ class Engine(Section):
     env: dict[str, str] = Field({}, description="Environment of every engine of this venv.")
     args: tuple[str, ...] = Field((), description="vLLM arguments of every engine of this venv.")
     stop_grace: Duration = Field(10.0, description="From SIGTERM to SIGKILL.")
+    launch_server: bool = Field(True, description="Fork its engines from a process that has imported vLLM: 4 s to ready instead of 41.")
 
 
 class Log(Section):

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.control.ports import Engines
 from orchestrator.control.registry import Registry
-from orchestrator.policy.actions import Action, Learn, Repair, SetLimit, Start, Stop, Trim
+from orchestrator.policy.actions import Action, Learn, Repair, SetLimit, Sleep, Start, Stop, Trim, Wake
 from orchestrator.policy.units import show_bytes
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,10 @@ def act(actions: tuple[Action, ...], engines: Engines, registry: Registry, spawn
                 engines.stop(launch_id)
             case SetLimit():
                 _set_limit(action, engines)
+            case Sleep(launch_id=launch_id, level=level):
+                engines.sleep(launch_id, level)
+            case Wake(launch_id=launch_id):
+                engines.wake(launch_id)
             case Trim(launch_id=launch_id):
                 log.debug("%s: gives back what it can do without: %s", action.model, action.reason)
                 engines.trim(launch_id)

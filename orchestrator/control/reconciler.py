@@ -1,4 +1,4 @@
-"""The one loop. tick(): observe -> decide -> act -> publish; run(): tick, then wait for `wake` or for the interval.
+"""The one loop. tick(): observe -> decide -> act -> publish; run(): tick, then wait for `wake`, which the interval sets too.
 
 Between the end of observe and the end of publish nothing awaits: that is what "one writer, no locks" means in asyncio.
 Whatever happens merely sets `wake`; the loop never learns what it was, it looks.
@@ -8,21 +8,23 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.control.act import act
+from orchestrator.control.calm import Calm
+from orchestrator.control.doors import door, shutting_down
 from orchestrator.control.observe import Observer
 from orchestrator.control.ports import Engines, Store
 from orchestrator.control.registry import Registry
-from orchestrator.control.traffic import Door, Traffic
-from orchestrator.errors import ModelNotFound, ModelUnavailable
+from orchestrator.control.traffic import Traffic
 from orchestrator.policy.budgets import PoolMemory
 from orchestrator.policy.decide import Plan, decide
-from orchestrator.policy.footprint import fitting_tokens
 from orchestrator.policy.instance import Instance, Launch, State
-from orchestrator.policy.lifecycle import Known, Rules
+from orchestrator.policy.lifecycle import NEVER, Known, Rules
+from orchestrator.policy.preview import Preview, preview
+from orchestrator.policy.resident import Aging
 from orchestrator.policy.snapshot import Snapshot
 from orchestrator.policy.stored import Event
 
@@ -59,6 +61,8 @@ class Reconciler:
         self._store, self._rules, self._interval_s, self._wake, self._on_tick = store, rules, interval_s, wake, on_tick
         self._instances: dict[str, Instance] = {}
         self._pool_memory: dict[str, PoolMemory] = {}
+        self._aging = Aging()
+        self._calm = Calm()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._ticks = self._errors = 0
@@ -74,6 +78,7 @@ class Reconciler:
 
     async def run(self) -> None:
         """Until every engine has ended after stop(). A tick that fails is logged and counted; the next one looks afresh."""
+        clock = asyncio.get_running_loop()
         while not (self._stopping and not self._instances):
             self._wake.clear()
             try:
@@ -82,12 +87,12 @@ class Reconciler:
                 self._errors += 1
                 log.exception("the control loop failed in this tick; it goes on")
                 await asyncio.sleep(self._interval_s)
-            await asyncio.sleep(COALESCE_S)
-            try:
-                async with asyncio.timeout(self._interval_s - COALESCE_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            ticked = clock.time()
+            timer = clock.call_later(self._interval_s, self._wake.set)
+            await self._wake.wait()
+            timer.cancel()
+            if (early := ticked + COALESCE_S - clock.time()) > 0:
+                await asyncio.sleep(early)
 
     def stop(self) -> None:
         """From now on no model is wanted: what runs is drained and ended."""
@@ -98,40 +103,34 @@ class Reconciler:
         snapshot = await self._observer.look()
         started = time.perf_counter()
         known: dict[str, Known] = {} if self._stopping else dict(self._registry.known())
-        before = self._instances
-        plan = decide(known, before, self._pool_memory, snapshot, self._rules, lambda: secrets.token_hex(4))
-        self._instances, self._pool_memory = dict(plan.instances), dict(plan.pool_memory)
-        act(plan.actions, self._engines, self._registry, self._spawn)
-        for launch_id in snapshot.engines.keys() - {i.launch.id for i in self._instances.values() if i.launch}:
-            if snapshot.engines[launch_id].gone:
-                self._engines.forget(launch_id)
-        doors = self._registry.known().keys() | plan.instances.keys()
-        self._traffic.publish({name: self._door(name, known.get(name), plan, snapshot.now) for name in doors})
-        self._report(before, plan)
+        plan = self.view.plan if self.view and self._calm.holds(known, snapshot) else self._decide(known, snapshot)
         self._ticks += 1
         self.view = View(snapshot, plan, self._ticks, self._errors, time.perf_counter() - started)
         self._on_tick(self.view)
         async with self.ticked:
             self.ticked.notify_all()
 
-    def _door(self, name: str, model: Known | None, plan: Plan, now: float) -> Door:
-        """Open for a READY model; shut with the reason where waiting would not help; else requests wait."""
-        instance = plan.instances.get(name)
-        if self._stopping:
-            return Door(error=ModelUnavailable("The daemon is shutting down.", code="shutting_down", retry_after_s=30))
-        if model is None or instance is None:
-            return Door(error=ModelNotFound(f"The model {name!r} was removed.", param="model"))
-        if model.held:
-            message = f"The model {name!r} was stopped by an operator; `orchestratorctl start {name}` brings it back."
-            return Door(error=ModelUnavailable(message, code="model_stopped", retry_after_s=60))
-        if instance.state is State.FAILED:
-            return Door(error=ModelUnavailable(f"The model {name!r} has failed: {instance.reason}", code="model_failed", retry_after_s=60))
-        expected = (instance.launch.expected_start_s if instance.launch else model.footprint.start_s) or 30.0
-        elapsed = now - instance.since if instance.state is State.STARTING else 0.0
-        ready = instance.launch.id if instance.state is State.READY and instance.launch else None
-        pool = plan.pools.get(ready) if ready else None
-        fitting = fitting_tokens(model.footprint, pool.sure_bytes) if pool else None
-        return Door(ready, None, max(1.0, expected - elapsed), model.spec.max_concurrency, model.spec.max_queue, fitting)
+    def _decide(self, known: Mapping[str, Known], snapshot: Snapshot) -> Plan:
+        before = self._instances
+        plan = decide(known, before, self._pool_memory, snapshot, self._rules, lambda: secrets.token_hex(4), self._aging)
+        self._instances, self._pool_memory, self._aging = dict(plan.instances), dict(plan.pool_memory), plan.aging
+        act(plan.actions, self._engines, self._registry, self._spawn)
+        for launch_id in snapshot.engines.keys() - {i.launch.id for i in self._instances.values() if i.launch}:
+            if snapshot.engines[launch_id].gone:
+                self._engines.forget(launch_id)
+        doors = self._registry.known().keys() | plan.instances.keys()
+        self._traffic.publish({name: shutting_down() if self._stopping else door(name, known.get(name), plan, snapshot) for name in doors})
+        self._report(before, plan)
+        self._calm.decided(known, snapshot, plan)
+        return plan
+
+    def preview(self, name: str) -> Preview:
+        """What loading a registered model would do now; nothing is done. Needs a look to have been made."""
+        assert self.view is not None
+        snapshot, known = self.view.snapshot, dict(self._registry.known())
+        known[name] = replace(known[name], started_at=snapshot.now, held=False, rested_at=NEVER)
+        plan = decide(known, self._instances, self._pool_memory, snapshot, self._rules, lambda: "preview", self._aging)
+        return preview(name, self._instances, plan, known, snapshot.now)
 
     def note(self, model: str, kind: str, reason: str) -> None:
         """An operator did something: it belongs between the states."""

@@ -14,15 +14,16 @@ from pydantic import ValidationError
 from orchestrator.control.ports import Sources, Store
 from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError
 from orchestrator.policy.actions import Learn
-from orchestrator.policy.decide import reserve_bytes
+from orchestrator.policy.admission import reserve_bytes
 from orchestrator.policy.footprint import Footprint, estimate, floor_bytes, request_bytes
-from orchestrator.policy.lifecycle import NEVER, Known, Rules
+from orchestrator.policy.lifecycle import NEVER, Known, Rules, Want
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.placement import allowed, never_fits
 from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.units import show_bytes
 
-LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what may change while an engine runs
+LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
+RUNTIME_FIELDS = (*LIMIT_FIELDS, "pinned")
 
 
 class Registry:
@@ -34,9 +35,12 @@ class Registry:
         engines: Iterable[str],
         rules: Rules,
         clock: Callable[[], float] = time.monotonic,
+        versions: Callable[[str], str] = lambda engine: "",
     ) -> None:
+        """`versions`: an engine's name -> what its venv holds: what was learned with one version says nothing of the next."""
         self._store, self._sources, self._rules, self._clock = store, sources, rules, clock
         self._file_specs = tuple(file_specs)
+        self._versions = versions
         self._engines = frozenset(engines)
         self._changing = asyncio.Lock()  # one change at a time: what was checked still holds when the disk has answered
         self._learned: dict[str, Mapping[str, float]] = {}
@@ -63,7 +67,7 @@ class Registry:
                     self.dropped.append(spec.name)
                     overrides = {}
                 started_at = self._clock() if spec.preload and not held else NEVER
-                self._put(Known(spec, self._footprint(spec), owner, held, started_at, overrides))
+                self._put(Known(spec, self._footprint(spec), owner, held, started_at, overrides=overrides))
 
     def known(self) -> Mapping[str, Known]:
         return self._known
@@ -108,12 +112,33 @@ class Registry:
             model = self._known[name]  # only now: learn() may have put a new footprint there meanwhile
             self._put(replace(model, held=held, started_at=model.started_at if held else self._clock()))
 
+    def want(self, name: str) -> None:
+        """As if it were asked for now: started, or woken. Raises Conflict for one that is held down."""
+        model = self._free(name)
+        self._put(replace(model, started_at=self._clock()))
+
+    def rest(self, name: str, to: Want) -> None:
+        """Put away until it is used again: asleep, or unloaded."""
+        self._put(replace(self._free(name), rested_at=self._clock(), rest=to))
+
+    def drain(self, name: str) -> None:
+        """It finishes what it has and is unloaded; requests that come meanwhile wait, and bring it back then."""
+        now = self._clock()
+        self._put(replace(self._free(name), drained_at=now, rested_at=now, rest=Want.NOTHING))
+
+    def _free(self, name: str) -> Known:
+        model = self.get(name)
+        if model.held:
+            real = model.spec.name
+            raise Conflict(f"The model {real!r} was stopped by an operator: `orchestratorctl start {real}` first.", param="name")
+        return model
+
     async def limit(self, name: str, changes: Mapping[str, object], gpus: Sequence[GpuReading]) -> None:
         """Change a model's bounds while it runs, and for later runs. `changes`: field -> value as in a spec; None gives the field
         back to the spec. Raises SpecError, with nothing changed."""
         async with self._changing:
             name = self.resolve(name)
-            if unknown := sorted(changes.keys() - set(LIMIT_FIELDS)):
+            if unknown := sorted(changes.keys() - set(RUNTIME_FIELDS)):
                 raise SpecError(
                     [Problem(field, f"can not be changed while it runs; these can: {', '.join(LIMIT_FIELDS)}") for field in unknown]
                 )
@@ -126,13 +151,18 @@ class Registry:
             self._put(replace(self._known[name], spec=spec, overrides=overrides))
 
     async def learn(self, learned: Learn) -> None:
-        """Keep what a start has shown, for every model that would be started alike."""
-        figures: dict[str, float] = {"start_bytes": learned.start_bytes, "ready_bytes": learned.ready_bytes, "start_s": learned.start_s}
-        self._learned[learned.footprint_key] = figures
+        """Keep what an engine has shown, for every model that would be started alike."""
+        model = self._known.get(learned.model)
+        key = self._key(learned.footprint_key, model.spec.engine if model else "default")
+        figures = self._learned[key] = {**self._learned.get(key, {}), **learned.figures}
         for model in list(self._known.values()):
             if model.spec.footprint_key() == learned.footprint_key:
                 self._put(replace(model, footprint=self._footprint(model.spec)))
-        await self._store.put_footprint(learned.footprint_key, figures)
+        await self._store.put_footprint(key, figures)
+
+    def _key(self, footprint_key: str, engine: str) -> str:
+        version = self._versions(engine)
+        return f"{footprint_key} {version}" if version else footprint_key
 
     def source_problems(self) -> list[Problem]:
         """Registered models whose source is not there now: worth a warning at start, not a refusal (a disk may be mounted later)."""
@@ -145,11 +175,7 @@ class Registry:
             self._by_name[name] = model.spec.name
 
     def _footprint(self, spec: ModelSpec) -> Footprint:
-        footprint = estimate(spec, self._sources.shape(spec))
-        figures = self._learned.get(spec.footprint_key())
-        if figures is None:
-            return footprint
-        return footprint.learned(int(figures["start_bytes"]), int(figures["ready_bytes"]), figures["start_s"])
+        return estimate(spec, self._sources.shape(spec)).learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
 
     def _refuse_taken(self, spec: ModelSpec) -> None:
         for name in (spec.name, *spec.aliases):

@@ -1,5 +1,6 @@
 """What a plan asks of the world. Each carries its reason; control/act.py does it, and only the next look shows whether it happened."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.policy.instance import Launch
@@ -50,14 +51,29 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """An engine that serves nobody moves its weights to host memory (level 1) or drops them (level 2)."""
+
+    launch_id: str
+    model: str
+    level: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    launch_id: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Learn:
-    """Keep the footprint that a first start showed. Bytes per GPU, besides KV."""
+    """Keep what an engine has shown of its footprint (policy/footprint.py). Bytes per GPU, besides KV; seconds."""
 
     model: str
     footprint_key: str
-    start_bytes: int
-    ready_bytes: int
-    start_s: float
+    figures: Mapping[str, float]
 
 
-Action = Start | Stop | SetLimit | Trim | Repair | Learn
+Action = Start | Stop | SetLimit | Trim | Repair | Sleep | Wake | Learn

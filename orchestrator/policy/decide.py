@@ -1,25 +1,26 @@
 """One decision about everything: known models + instances + one snapshot -> a Plan. Pure; the same input gives the same plan.
 
-Order: each model's own next move (lifecycle), then claims, then who may start (placement, one start a GPU at a time), then
-limits (budgets). Shrinks stand before grows in the plan.
+Order: each model's own next move (lifecycle), then claims, then who may start or wake and who goes for it (admission), then limits
+(budgets). Shrinks stand before grows in the plan.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.policy import budgets
-from orchestrator.policy.actions import Action, Repair, SetLimit, Start, Trim
+from orchestrator.policy.actions import Action, Repair, SetLimit, Trim
+from orchestrator.policy.admission import Admission, claims_of, reserve_bytes
 from orchestrator.policy.division import Pool
 from orchestrator.policy.footprint import Footprint, floor_bytes, live_bytes
-from orchestrator.policy.instance import Instance, Launch, State
+from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.lifecycle import Known, Rules, step
-from orchestrator.policy.model import slug
-from orchestrator.policy.placement import Placed, allowed, place
+from orchestrator.policy.residency import Victim
+from orchestrator.policy.resident import Aging
 from orchestrator.policy.snapshot import GpuReading, Snapshot, TrafficSeen
-from orchestrator.policy.units import GIB, show_bytes
+from orchestrator.policy.units import show_bytes
 
+FRESH = Aging()
 PRESSED_TRIM_S = 0.5  # on a GPU where somebody lacks memory, an idle engine gives back at once
-KV_HEADROOM = 0.02  # kvcached stops mapping when less of the card is free (we set KVCACHED_GPU_UTILIZATION=0.98)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,9 @@ class Plan:
     pool_memory: Mapping[str, budgets.PoolMemory]
     gpus: Mapping[str, GpuBudget]
     pools: Mapping[str, PoolView]  # by launch id
-    claims: Mapping[tuple[str, str], int]  # (launch id, GPU) -> bytes promised and not taken yet
-
-
-def reserve_bytes(gpu: GpuReading, rules: Rules) -> int:
-    """Kept free on each GPU: activations peak together, and other processes come without asking."""
-    if rules.reserve_bytes is not None:
-        return rules.reserve_bytes
-    return max(int(0.03 * gpu.total_bytes), int(KV_HEADROOM * gpu.total_bytes) + GIB // 2)
+    claims: Mapping[tuple[str, str], int]  # (model, GPU) -> bytes promised and not taken yet
+    aging: Aging = FRESH
+    leaving: tuple[Victim, ...] = ()  # who is sent away for another model
 
 
 def decide(
@@ -82,6 +78,7 @@ def decide(
     snapshot: Snapshot,
     rules: Rules,
     launch_id: Callable[[], str],
+    aging: Aging = FRESH,
 ) -> Plan:
     """`launch_id` gives a fresh id each time it is called (the only thing here that is not a plain value)."""
     actions: list[Action] = []
@@ -94,14 +91,11 @@ def decide(
             after[name] = moved
 
     pools = _pools(after, known, snapshot)
-    claims = dict.fromkeys(snapshot.gpus, 0)
-    for (_, gpu_uuid), size in _claims(after, snapshot).items():
-        if gpu_uuid in claims:
-            claims[gpu_uuid] += size
-    _admit(after, known, pools, claims, snapshot, rules, launch_id, actions)
+    line = Admission(after, known, pools, claims_of(after, known, snapshot), snapshot, rules, launch_id, actions, aging)
+    line.run()
 
     amounts = {
-        uuid: gpu.free_bytes + sum(p.mapped_bytes for p in pools if uuid in p.gpus) - reserve_bytes(gpu, rules) - claims[uuid]
+        uuid: gpu.free_bytes + sum(p.mapped_bytes for p in pools if uuid in p.gpus) - reserve_bytes(gpu, rules) - line.claimed(uuid)
         for uuid, gpu in snapshot.gpus.items()
         if gpu.error is None  # an old reading decides nothing: its limits stay as they are
     }
@@ -113,9 +107,11 @@ def decide(
         actions=tuple(actions),
         instances=after,
         pool_memory=memory,
-        gpus={uuid: _budget(gpu, after, pools, planned, claims[uuid], snapshot, rules) for uuid, gpu in snapshot.gpus.items()},
+        gpus={uuid: _budget(gpu, after, pools, planned, line.claimed(uuid), snapshot, rules) for uuid, gpu in snapshot.gpus.items()},
         pools={p.launch_id: _view(p, planned, snapshot) for p in pools},
-        claims=_claims(after, snapshot),
+        claims=line.claims,
+        aging=line.aging,
+        leaving=tuple(line.leaving),
     )
 
 
@@ -134,6 +130,7 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
         if bundle <= 0 or capacity < bundle:
             continue
         spec = model.spec if model else launch.spec
+        asleep = instance.state is State.ASLEEP or instance.sent_at is not None  # holds its null bundle, and needs no more
         traffic = snapshot.traffic.get(instance.model, TrafficSeen())
         idle_s = snapshot.now - max(traffic.last_used if traffic.last_used is not None else instance.since, instance.since)
         pools.append(
@@ -142,9 +139,9 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
                 model=instance.model,
                 gpus=launch.gpus,
                 bundle_bytes=bundle,
-                floor_bytes=floor_bytes(spec, footprint) if model else launch.floor_bytes,
+                floor_bytes=bundle if asleep else floor_bytes(spec, footprint) if model else launch.floor_bytes,
                 # above the start-up total (`capacity`) an engine corrupts its KV or dies
-                ceiling_bytes=capacity if spec.kv_ceiling is None else min(capacity, spec.kv_ceiling),
+                ceiling_bytes=bundle if asleep else capacity if spec.kv_ceiling is None else min(capacity, spec.kv_ceiling),
                 weight=spec.kv_weight * 2.0**spec.priority,
                 limit_bytes=seen.segment.limit_bytes,
                 used_bytes=seen.segment.used_bytes,
@@ -156,98 +153,6 @@ def _pools(instances: Mapping[str, Instance], known: Mapping[str, Known], snapsh
             )
         )
     return pools
-
-
-def _claims(instances: Mapping[str, Instance], snapshot: Snapshot) -> dict[tuple[str, str], int]:
-    """(launch id, GPU) -> what starts under way will still take there, and NVML cannot show yet."""
-    return {
-        (i.launch.id, gpu): _claim(i.launch, gpu, snapshot)
-        for i in instances.values()
-        if i.launch is not None and (i.state is State.STARTING or i.reserved)
-        for gpu in i.launch.gpus
-    }
-
-
-def _claim(launch: Launch, gpu: str, snapshot: Snapshot) -> int:
-    seen = snapshot.engines.get(launch.id)
-    if seen is None or seen.segment is None:
-        return max(0, launch.claim_bytes + launch.floor_bytes - snapshot.held_bytes(launch.id, gpu))
-    return max(0, launch.claim_bytes - (snapshot.held_bytes(launch.id, gpu) - seen.segment.mapped_bytes))
-
-
-def _admit(
-    instances: dict[str, Instance],
-    known: Mapping[str, Known],
-    pools: list[Pool],
-    claims: dict[str, int],
-    snapshot: Snapshot,
-    rules: Rules,
-    launch_id: Callable[[], str],
-    actions: list[Action],
-) -> None:
-    """Let the first in line start: by priority, then by who waits longest.
-
-    Two steps. Reserve: it fits beside everybody's floor, so its bytes are claimed and the others' limits make room.
-    Start: those bytes are seen free. A claim that nobody can honour any more (a foreign process came) is given up.
-    """
-    taken = {gpu for i in instances.values() if i.state is State.STARTING and i.launch for gpu in i.launch.gpus}
-    readable = {uuid: gpu for uuid, gpu in snapshot.gpus.items() if gpu.error is None}
-    line = [i for i in instances.values() if i.state is State.WAITING and i.model in known]
-    for instance in sorted(line, key=lambda i: (-known[i.model].spec.priority, i.since, i.model)):
-        model, now = known[instance.model], snapshot.now
-        if instance.reserved and instance.launch:
-            for gpu in instance.launch.gpus:
-                if gpu in claims:
-                    claims[gpu] -= _claim(instance.launch, gpu, snapshot)
-        room = {
-            uuid: gpu.free_bytes + sum(p.mapped_bytes - p.least for p in pools if uuid in p.gpus) - reserve_bytes(gpu, rules) - claims[uuid]
-            for uuid, gpu in readable.items()
-        }
-        claim, floor = model.footprint.start_bytes, floor_bytes(model.spec, model.footprint)
-        turn = {uuid: size for uuid, size in room.items() if uuid not in taken}
-        placed = place(model.spec, claim + floor, turn, readable)
-        if not isinstance(placed, Placed):
-            anywhere = place(model.spec, claim + floor, room, readable)
-            reason = "another engine is starting on its GPU" if isinstance(anywhere, Placed) else placed.reason
-            candidates, unknown = allowed(model.spec, snapshot.gpus)
-            if unknown:
-                reason = f"no GPU here is {', '.join(map(str, unknown))}"
-            elif not candidates or not all(uuid in readable for uuid in candidates):
-                reason = "its GPUs cannot be read: " + "; ".join(str(snapshot.gpus[u].error) for u in candidates if u not in readable)
-            instances[instance.model] = replace(instance, reserved=False, launch=None, reason=reason)
-            continue
-        seen_free = {uuid: readable[uuid].free_bytes - reserve_bytes(readable[uuid], rules) - claims[uuid] for uuid in placed.gpus}
-        fresh = _launch(model, placed.gpus, claim, floor, readable, rules, launch_id())
-        taken.update(placed.gpus)
-        for gpu in placed.gpus:
-            claims[gpu] += claim + floor
-        if all(free >= claim + floor for free in seen_free.values()):
-            where = ", ".join(str(readable[uuid].index) for uuid in placed.gpus)
-            reason = f"{instance.reason}; {show_bytes(claim + floor)} are free on GPU {where}"
-            instances[instance.model] = instance.to(State.STARTING, now, reason, launch=fresh, reserved=False, peak_bytes=0)
-            actions.append(Start(fresh, reason))
-        else:
-            reason = f"{show_bytes(claim + floor)} are promised to it; others are giving them back"
-            instances[instance.model] = replace(instance, reserved=True, launch=fresh, reason=reason)
-
-
-def _launch(
-    model: Known, gpus: tuple[str, ...], claim: int, floor: int, readings: Mapping[str, GpuReading], rules: Rules, fresh_id: str
-) -> Launch:
-    room = min(readings[uuid].total_bytes - reserve_bytes(readings[uuid], rules) for uuid in gpus)
-    ceiling = max(floor, room - model.footprint.ready_bytes)  # all that the card could give: kv_ceiling may change while it runs
-    if bundle := model.footprint.bundle_bytes:
-        ceiling = max(bundle, ceiling // bundle * bundle)
-    return Launch(
-        id=fresh_id,
-        ipc_name=f"orch-{slug(model.spec.name)}-{fresh_id}"[:40],
-        spec=model.spec,
-        gpus=gpus,
-        claim_bytes=claim,
-        floor_bytes=min(floor, ceiling),
-        ceiling_bytes=ceiling,
-        expected_start_s=model.footprint.start_s,
-    )
 
 
 def _budget(
@@ -303,7 +208,7 @@ def _trim(
 def _repair(instances: Mapping[str, Instance], snapshot: Snapshot, actions: list[Action]) -> None:
     for instance in instances.values():
         seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
-        if instance.state is State.READY and seen is not None and seen.ready and seen.segment is None:
+        if instance.state is State.READY and seen is not None and seen.ready and (seen.segment_lost or seen.segment is None):
             actions.append(Repair(seen.launch_id, instance.model, "its segment is gone, or is none any more"))
 
 

@@ -41,12 +41,12 @@ def lines(uuid: str, snapshot: Snapshot, plan: Plan) -> list[Line]:
             fixed_left, kv_left = fixed_left - fixed, kv_left - kv
             found.append(Line("fixed", fixed, "weights, context, workspaces", instance.model))
             found.append(Line("kv", kv, "mapped now; the limit says how far it may grow", instance.model))
-        if claim := plan.claims.get((launch.id, uuid), 0):
+        if claim := plan.claims.get((instance.model, uuid), 0):
             found.append(Line("claim", claim, "promised to it, and not taken yet", instance.model))
-    for launch_id, gpu_uuid in plan.claims:
-        waiting = next((i for i in plan.instances.values() if i.launch and i.launch.id == launch_id and i.state not in HAS_ENGINE), None)
-        if waiting and gpu_uuid == uuid:
-            found.append(Line("claim", plan.claims[launch_id, uuid], "promised to it; it starts when it is seen free", waiting.model))
+    for (model, gpu_uuid), claim in sorted(plan.claims.items()):
+        engine = plan.instances[model].launch if plan.instances[model].state in HAS_ENGINE else None
+        if gpu_uuid == uuid and (engine is None or uuid not in engine.gpus):
+            found.append(Line("claim", claim, "promised to it; it starts when it is seen free", model))
     foreign_left = budget.foreign_bytes
     for pid, size in sorted(gpu.processes.items(), key=lambda item: -item[1]):
         if pid not in ours:

@@ -1,12 +1,14 @@
 """How much memory and time one engine needs, per GPU, before it has ever run: an estimate with its parts; afterwards: what was learned.
 
 The constants were measured on an H200 with vLLM 0.24.0 + kvcached 0.1.6 (0.5B, 1.5B and 7B, bf16): context and workspaces
-about 1.0 GiB, profiling leaves about 2 GiB in PyTorch's cache for every size until it is emptied.
+about 1.0 GiB, profiling leaves about 2 GiB in PyTorch's cache for every size until it is emptied; asleep 1.2 to 2.0 GiB, awake again
+after 0.03 to 0.33 s.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.units import GIB, MIB
@@ -19,6 +21,8 @@ PROFILE_BYTES = int(2.2 * GIB)
 GRAPH_BYTES = int(1.5 * GIB)
 FALLBACK_FLOOR_BYTES = 1 * GIB  # where the shape is unknown
 FLOOR_TOKENS = 8192  # of the default floor; a larger request raises its model's floor while it is there
+SECONDS = ("start_s", "sleep_s", "wake_s")
+LEARNED = (*SECONDS, "start_bytes", "ready_bytes", "asleep_bytes", "host_bytes")
 FLOOR_MARGIN_BUNDLES = 2  # kvcached pins one bundle for its null block, and retires pages late
 
 
@@ -36,7 +40,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes per GPU, KV not counted. `known` is False where nothing could be read: then nothing is refused for its size."""
+    """Bytes per GPU, KV not counted. `known` is False where nothing could be read: then nothing is refused for its size.
+
+    start_bytes: at most while it starts. ready_bytes, asleep_bytes: then. host_bytes: of host memory, in all, while it sleeps.
+    """
 
     source: str  # "estimated", "learned" or "unknown"
     parts: Mapping[str, int] = field(default_factory=dict)
@@ -46,14 +53,22 @@ class Footprint:
     bundle_bytes: int = 0
     kv_token_bytes: int = 0
     max_model_len: int = 0
+    asleep_bytes: int = CONTEXT_BYTES + CONTEXT_BYTES // 2
+    host_bytes: int = 0
+    sleep_s: float = 1.0
+    wake_s: float = 1.0
 
     @property
     def known(self) -> bool:
         return self.source != "unknown"
 
-    def learned(self, start_bytes: int, ready_bytes: int, start_s: float) -> "Footprint":
-        parts = {"learned": ready_bytes, "profiling, until ready": max(0, start_bytes - ready_bytes)}
-        return replace(self, source="learned", parts=parts, start_bytes=start_bytes, ready_bytes=ready_bytes, start_s=start_s)
+    def learned(self, figures: Mapping[str, float]) -> "Footprint":
+        """With what was seen; the rest stays as it was estimated. `figures`: fields of this class, by name."""
+        seen: dict[str, Any] = {name: value if name in SECONDS else int(value) for name, value in figures.items() if name in LEARNED}
+        if "start_bytes" in seen and "ready_bytes" in seen:
+            profiling = max(0, int(seen["start_bytes"]) - int(seen["ready_bytes"]))
+            seen |= {"source": "learned", "parts": {"learned": seen["ready_bytes"], "profiling, until ready": profiling}}
+        return replace(self, **seen)
 
 
 def parse_tokens(text: str | None) -> int | None:
@@ -87,6 +102,7 @@ def estimate(spec: ModelSpec, shape: Shape | None) -> Footprint:
         parts=parts,
         start_bytes=start,
         ready_bytes=start - PROFILE_BYTES,
+        host_bytes=shape.weights_bytes,
         bundle_bytes=PAGE_BYTES * shape.layers * 2,
         kv_token_bytes=shape.layers * 2 * heads * shape.head_dim * 2,
         max_model_len=parse_tokens(spec.flag("--max-model-len")) or shape.max_position or 0,

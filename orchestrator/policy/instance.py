@@ -20,12 +20,19 @@ class State(StrEnum):
     FAILED = "failed"  # failed too often; an operator must act
 
 
+class Then(StrEnum):
+    """What becomes of an engine once it has finished its requests."""
+
+    STOP = "stop"
+    SLEEP = "sleep"
+
+
 S = State
 NEXT: dict[State, frozenset[State]] = {
     S.STOPPED: frozenset({S.WAITING}),
     S.WAITING: frozenset({S.STARTING, S.STOPPED}),
-    S.STARTING: frozenset({S.READY, S.STOPPING}),
-    S.READY: frozenset({S.DRAINING, S.STOPPING, S.ASLEEP}),
+    S.STARTING: frozenset({S.READY, S.STOPPING, S.ASLEEP}),  # asleep: one that the last daemon put to sleep
+    S.READY: frozenset({S.DRAINING, S.STOPPING}),
     S.ASLEEP: frozenset({S.WAKING, S.STOPPING}),
     S.WAKING: frozenset({S.READY, S.STOPPING}),
     S.DRAINING: frozenset({S.READY, S.STOPPING, S.ASLEEP}),
@@ -69,12 +76,17 @@ class Instance:
     since: float = 0.0
     reason: str = "never started"
     launch: Launch | None = None
-    reserved: bool = False  # WAITING: its memory is promised and others make room
+    reserved: bool = False  # WAITING, ASLEEP: its memory is promised and others make room
     peak_bytes: int = 0  # most that NVML showed on one of its GPUs while it started, less its KV
+    ready_since: float = 0.0  # when it last became READY
+    then: Then = Then.STOP  # DRAINING: what follows
+    yielded_at: float | None = None  # since then it makes room for another, or was drained: only new demand brings it back
+    sent_at: float | None = None  # DRAINING: when it was told to sleep
+    held_bytes: int = 0  # DRAINING: what NVML showed on one of its GPUs when it was told so
     failing: bool = False  # STOPPING because of a failure: BACKOFF or FAILED follows
     failures: int = 0  # in a row
     failure: Failure | None = None  # the last one, kept until a run has been stable
-    retry_at: float = 0.0
+    retry_at: float = 0.0  # BACKOFF: when it is tried again; WAITING, ASLEEP: when somebody else will have been there long enough to go
 
     def to(self, state: State, now: float, reason: str, **changes: Any) -> "Instance":
         """Move. Raises ValueError for a move that NEXT does not have: that is a bug, never a condition."""
@@ -82,4 +94,10 @@ class Instance:
             raise ValueError(f"{self.model}: no move from {self.state} to {state} ({reason})")
         if state not in HAS_ENGINE:
             changes.setdefault("launch", None)
+        if state is State.READY:
+            changes |= {"ready_since": now}
+        if state is not State.DRAINING:
+            changes |= {"then": Then.STOP, "sent_at": None, "held_bytes": 0}
+        if state in (State.WAITING, State.STARTING, State.WAKING, State.READY):
+            changes |= {"yielded_at": None}
         return replace(self, state=state, since=now, reason=reason, **changes)

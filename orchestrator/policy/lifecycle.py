@@ -6,23 +6,36 @@ The one move that is not made here is WAITING -> STARTING, because memory is a m
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from orchestrator.policy.actions import Action, Learn, Stop
 from orchestrator.policy.footprint import Footprint
-from orchestrator.policy.instance import Failure, Instance, State
+from orchestrator.policy.instance import Failure, Instance, State, Then
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.restart import STABLE_S, Retry, after_failure
 from orchestrator.policy.snapshot import EngineSeen, Snapshot, TrafficSeen
 
 NEVER = -1e9  # on the loop's clock
 RETURN_TIMEOUT_S = 60.0  # NVML shows a killed 7B engine's memory for 4 s (H200); after this long we stop waiting for it
+SLEEP_TIMEOUT_S = 300.0  # the first sleep pins host memory: 11 to 20 s for 15 GB (H200)
+WAKE_TIMEOUT_S = 120.0  # 0.33 s for 15 GB
+ASLEEP_TIMEOUT_S = 10.0  # after it says that it sleeps NVML must show less
+
+
+class Want(StrEnum):
+    """What a model should be."""
+
+    NOTHING = "nothing"  # no engine
+    ASLEEP = "asleep"  # or less: a model without an engine is not started to be put to sleep
+    READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One registered model: its spec, and what operators did to it. `started_at`: the loop's clock at the last `start`.
+    """One registered model: its spec, and what operators did to it. Times are of the loop's clock, NEVER where it was not done.
 
-    `overrides`: what `orchestratorctl limit` changed; the spec has them already.
+    `started_at`: the last start, load or wake. `rested_at`: the last sleep or unload, and `rest` which of them; it holds until the
+    model is used. `drained_at`: the last drain. `overrides`: what operators changed of the spec; it has them already.
     """
 
     spec: ModelSpec
@@ -30,6 +43,9 @@ class Known:
     owner: str = "file"
     held: bool = False
     started_at: float = NEVER
+    rested_at: float = NEVER
+    rest: Want = Want.NOTHING
+    drained_at: float = NEVER
     overrides: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -39,28 +55,43 @@ class Rules:
 
     reserve_bytes: int | None = None  # per GPU; None: 3 % of the card, at least 0.5 GiB more than kvcached's own headroom
     drain_timeout_s: float = 60.0
+    host_budget_bytes: int = 1 << 62  # of host memory, for all that sleep
 
 
-def wanted(known: Known | None, traffic: TrafficSeen, instance: Instance, now: float) -> tuple[bool, str]:
-    """Should this model have an engine now, and why. Idle time counts from when it was ready, used or asked for, the latest."""
+def wanted(known: Known | None, traffic: TrafficSeen, instance: Instance, now: float) -> tuple[Want, str]:
+    """What this model should be now, and why. Idle time counts from when it was ready, used or asked for, the latest."""
     if known is None:
-        return False, "removed"
+        return Want.NOTHING, "removed"
     if known.held:
-        return False, "stopped by an operator"
+        return Want.NOTHING, "stopped by an operator"
     if traffic.in_flight or traffic.waiting:
-        return True, f"{traffic.in_flight + traffic.waiting} requests"
+        return Want.READY, f"{traffic.in_flight + traffic.waiting} requests"
+    spec = known.spec
     used = traffic.last_used if traffic.last_used is not None else NEVER
+    if known.rested_at > NEVER and known.rested_at >= max(known.started_at, used):
+        return known.rest, "put to sleep by an operator" if known.rest is Want.ASLEEP else "unloaded by an operator"
+    if instance.yielded_at is not None and instance.state is not State.DRAINING and known.started_at <= instance.yielded_at:
+        return Want.ASLEEP if instance.state is State.ASLEEP else Want.NOTHING, instance.reason
     by_hand = known.started_at > used
-    if instance.state is State.STARTING or (by_hand and instance.state in (State.WAITING, State.BACKOFF)):
-        return True, "asked for"  # carried through: a start may take longer than idle_timeout, and who asked may have gone
+    asleep = instance.state is State.ASLEEP and known.started_at > instance.since
+    if instance.state in (State.STARTING, State.WAKING) or asleep or (by_hand and instance.state in (State.WAITING, State.BACKOFF)):
+        return Want.READY, "asked for"  # carried through: a start may take longer than idle_timeout, and who asked may have gone
     last = max(known.started_at, used, instance.since if instance.state is State.READY else NEVER)
     if last == NEVER:
-        return False, "nobody has asked for it yet"
-    if known.spec.pinned or known.spec.idle_timeout is None:
-        return True, "pinned" if known.spec.pinned else "it has no idle timeout"
-    if now - last < known.spec.idle_timeout:
-        return True, "asked for" if by_hand else "used lately"
-    return False, f"idle for {known.spec.idle_timeout:.0f}s"
+        return Want.NOTHING, "nobody has asked for it yet"
+    if spec.pinned:
+        return Want.READY, "pinned"
+    idle = now - last
+    if spec.idle_timeout is not None and idle >= spec.idle_timeout:
+        return Want.NOTHING, f"idle for {spec.idle_timeout:.0f}s"
+    if can_sleep(spec, instance) and spec.sleep_timeout is not None and idle >= spec.sleep_timeout:
+        return Want.ASLEEP, f"idle for {spec.sleep_timeout:.0f}s"
+    return Want.READY, "asked for" if by_hand else "used lately" if spec.idle_timeout is not None else "it has no idle timeout"
+
+
+def can_sleep(spec: ModelSpec, instance: Instance) -> bool:
+    """One that failed lately does not: it may be the waking that it does not survive."""
+    return spec.sleep_level > 0 and instance.failures == 0
 
 
 def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rules) -> tuple[Instance, list[Action]]:
@@ -70,20 +101,24 @@ def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rul
     want, why = wanted(known, traffic, instance, now)
     seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
     match instance.state:
-        case State.STOPPED if want:
+        case State.STOPPED if want is Want.READY:
             return instance.to(State.WAITING, now, why, failures=0), []
-        case State.WAITING if not want:
+        case State.WAITING if want is not Want.READY:
             return instance.to(State.STOPPED, now, why, reserved=False), []
         case State.STARTING:
             return _starting(instance, known, seen, snapshot, want, why)
         case State.READY:
             return _ready(instance, known, seen, now, want, why)
         case State.DRAINING:
-            return _draining(instance, known, seen, traffic, now, want, why, rules)
+            return _draining(instance, known, seen, snapshot, want, why, rules)
+        case State.ASLEEP:
+            return _asleep(instance, known, seen, now, want, why)
+        case State.WAKING:
+            return _waking(instance, seen, snapshot, want, why)
         case State.STOPPING:
             return _stopping(instance, seen, snapshot)
         case State.BACKOFF:
-            if not want:
+            if want is not Want.READY:
                 return instance.to(State.STOPPED, now, why), []
             if now >= instance.retry_at or (known and known.started_at > instance.since):
                 return instance.to(State.WAITING, now, f"trying again after {instance.failures} failures"), []
@@ -96,7 +131,7 @@ def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rul
 
 
 def _starting(
-    instance: Instance, known: Known | None, seen: EngineSeen | None, snapshot: Snapshot, want: bool, why: str
+    instance: Instance, known: Known | None, seen: EngineSeen | None, snapshot: Snapshot, want: Want, why: str
 ) -> tuple[Instance, list[Action]]:
     now, launch = snapshot.now, instance.launch
     assert launch is not None
@@ -105,14 +140,16 @@ def _starting(
     mapped = seen.segment.mapped_bytes if seen.segment else 0
     held = max((snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
     instance = replace(instance, peak_bytes=max(instance.peak_bytes, held - mapped))
-    if not want:
+    if want is not Want.READY:
         return instance.to(State.STOPPING, now, why), [Stop(launch.id, instance.model, why)]
     if seen.ready:
         took = now - seen.started_at
         learned: list[Action] = []
         if held and not seen.adopted:
-            key = launch.spec.footprint_key()
-            learned.append(Learn(instance.model, key, start_bytes=instance.peak_bytes, ready_bytes=held - mapped, start_s=took))
+            figures = {"start_bytes": instance.peak_bytes, "ready_bytes": held - mapped, "start_s": took}
+            learned.append(Learn(instance.model, launch.spec.footprint_key(), figures))
+        if seen.asleep:
+            return instance.to(State.ASLEEP, now, "found asleep"), []
         return instance.to(State.READY, now, "answers" if seen.adopted else f"started in {took:.1f}s"), learned
     timeout = known.spec.start_timeout if known else launch.spec.start_timeout
     if now - instance.since > timeout:
@@ -122,40 +159,90 @@ def _starting(
 
 
 def _ready(
-    instance: Instance, known: Known | None, seen: EngineSeen | None, now: float, want: bool, why: str
+    instance: Instance, known: Known | None, seen: EngineSeen | None, now: float, want: Want, why: str
 ) -> tuple[Instance, list[Action]]:
     assert instance.launch is not None
     if seen is None or not seen.alive or seen.error:
         return _fail(instance, seen, now, "the engine died", was_ready=True)
-    if not want:
-        return instance.to(State.DRAINING, now, why), []
+    if want is not Want.READY:
+        return instance.to(State.DRAINING, now, why, then=Then.SLEEP if want is Want.ASLEEP else Then.STOP), []
     if known and not known.spec.served_by(instance.launch.spec):
         return instance.to(State.DRAINING, now, "its spec changed"), []
+    if known and known.drained_at >= instance.since:
+        return instance.to(State.DRAINING, now, "drained by an operator", yielded_at=now), []
     if instance.failures and now - instance.since > STABLE_S:
         return replace(instance, failures=0, failure=None), []
     return instance, []
 
 
 def _draining(
-    instance: Instance,
-    known: Known | None,
-    seen: EngineSeen | None,
-    traffic: TrafficSeen,
-    now: float,
-    want: bool,
-    why: str,
-    rules: Rules,
+    instance: Instance, known: Known | None, seen: EngineSeen | None, snapshot: Snapshot, want: Want, why: str, rules: Rules
 ) -> tuple[Instance, list[Action]]:
-    assert instance.launch is not None
+    now, launch = snapshot.now, instance.launch
+    assert launch is not None
     if seen is None or not seen.alive or seen.error:
         return _fail(instance, seen, now, "the engine died", was_ready=True)
-    same = known is not None and known.spec.served_by(instance.launch.spec)
-    if want and same:
+    if instance.sent_at is not None:
+        return _falling_asleep(instance, seen, snapshot)
+    in_flight = snapshot.traffic.get(instance.model, TrafficSeen()).in_flight
+    same = known is not None and known.spec.served_by(launch.spec)
+    yields = instance.yielded_at is not None
+    if want is Want.READY and same and not yields:
         return instance.to(State.READY, now, f"wanted again: {why}"), []
-    if traffic.in_flight == 0 or now - instance.since > rules.drain_timeout_s:
-        cut = f"; {traffic.in_flight} requests cut after {rules.drain_timeout_s:.0f}s" if traffic.in_flight else ""
-        reason = instance.reason + cut
+    if in_flight and (now - instance.since <= rules.drain_timeout_s or (yields and want is not Want.NOTHING)):
+        return instance, []  # requests are not cut to make room
+    if instance.then is Then.SLEEP and want is not Want.NOTHING and not in_flight:
+        return instance, []  # it sleeps when it is its turn on its GPUs (decide.py)
+    cut = f"; {in_flight} requests cut after {rules.drain_timeout_s:.0f}s" if in_flight else ""
+    reason = instance.reason + cut
+    return instance.to(State.STOPPING, now, reason), [Stop(launch.id, instance.model, reason)]
+
+
+def _falling_asleep(instance: Instance, seen: EngineSeen, snapshot: Snapshot) -> tuple[Instance, list[Action]]:
+    """Over when the engine says so and NVML shows it."""
+    now, launch = snapshot.now, instance.launch
+    assert launch is not None
+    passed = now - (instance.sent_at or now)
+    if not seen.asleep:
+        if passed > SLEEP_TIMEOUT_S:
+            return _fail(instance, seen, now, f"not asleep after {passed:.0f}s", was_ready=True)
+        return instance, []
+    held = max((snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
+    if held and held >= instance.held_bytes and passed < ASLEEP_TIMEOUT_S + (seen.sleep_s or 0.0):
+        return instance, []
+    figures = {"sleep_s": seen.sleep_s or 0.0, "host_bytes": float(seen.host_bytes)}
+    if held and held < instance.held_bytes:
+        figures["asleep_bytes"] = float(max(0, held - (seen.segment.mapped_bytes if seen.segment else 0)))
+    return instance.to(State.ASLEEP, now, instance.reason), [Learn(instance.model, launch.spec.footprint_key(), figures)]
+
+
+def _asleep(
+    instance: Instance, known: Known | None, seen: EngineSeen | None, now: float, want: Want, why: str
+) -> tuple[Instance, list[Action]]:
+    """Where it is wanted it wakes when its memory is there (decide.py)."""
+    assert instance.launch is not None
+    if seen is None or not seen.alive or seen.error:
+        return _fail(instance, seen, now, "the engine died in its sleep", was_ready=True)
+    if want is Want.NOTHING or known is None or not known.spec.served_by(instance.launch.spec):
+        reason = why if want is Want.NOTHING else "its spec changed"
         return instance.to(State.STOPPING, now, reason), [Stop(instance.launch.id, instance.model, reason)]
+    if want is Want.ASLEEP and instance.reserved:
+        return replace(instance, reserved=False), []
+    return instance, []
+
+
+def _waking(instance: Instance, seen: EngineSeen | None, snapshot: Snapshot, want: Want, why: str) -> tuple[Instance, list[Action]]:
+    now, launch = snapshot.now, instance.launch
+    assert launch is not None
+    if seen is None or not seen.alive or seen.error:
+        return _fail(instance, seen, now, "the engine did not wake", was_ready=True)
+    if want is Want.NOTHING:
+        return instance.to(State.STOPPING, now, why), [Stop(launch.id, instance.model, why)]
+    if not seen.asleep:
+        took = seen.wake_s if seen.wake_s is not None else now - instance.since
+        return instance.to(State.READY, now, f"woke in {took:.2f}s"), [Learn(instance.model, launch.spec.footprint_key(), {"wake_s": took})]
+    if now - instance.since > WAKE_TIMEOUT_S:
+        return _fail(instance, seen, now, f"not awake after {WAKE_TIMEOUT_S:.0f}s", was_ready=True)
     return instance, []
 
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from orchestrator.policy.units import Duration, Size, show_bytes
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:@+-]|/(?=[A-Za-z0-9])){0,127}")
+# `/models/x/logs` must mean the logs of x, never a model called x/logs: what the operators' API has behind a name (api/admin.py).
+ROUTE_WORDS = frozenset(["start", "stop", "load", "unload", "sleep", "wake", "drain", "pin", "unpin", "limit", "plan", "watch", "logs"])
 
 OWNED_ARGS = {
     # vLLM's flag -> the field to use instead, or "- " and why there is none. A second value would break routing or budgets.
@@ -35,6 +37,7 @@ OWNED_ARGS = {
     "-dp": "several models of the same source",
     "--ssl-keyfile": "- put TLS in front of the daemon",
     "--ssl-certfile": "- put TLS in front of the daemon",
+    "--enable-sleep-mode": "sleep_level",
     "--worker-extension-cls": "- the daemon's own code answers in the engine",
 }
 OWNED_ENV = (
@@ -60,6 +63,9 @@ def check_name(name: str) -> str:
         raise ValueError(
             f"{name!r} is not a name: use 1 to 128 letters, digits and . _ : @ + - (and single /), starting with a letter or digit"
         )
+    owner, slash, last = name.rpartition("/")
+    if slash and last in ROUTE_WORDS:
+        raise ValueError(f"{name!r} ends with a word of the admin API: /{last} means something done to {owner!r}; write {owner}-{last}")
     return name
 
 
@@ -97,9 +103,16 @@ class ModelSpec(BaseModel):
     )
     kv_weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False, description="Its share of the memory that nobody needs more.")
     priority: int = Field(default=0, ge=-8, le=8, description="Who gets memory first when it is short; each level doubles the weight.")
-    pinned: bool = Field(default=False, description="Never stopped for being idle.")
+    pinned: bool = Field(default=False, description="Never stopped or put to sleep for being idle, nor for another model.")
     preload: bool = Field(default=False, description="Started with the daemon, before the first request.")
+    sleep_timeout: Duration | None = Field(
+        default=300.0, description="Put to sleep after this long without a request: it wakes in under a second; null: never."
+    )
+    sleep_level: Literal[0, 1, 2] = Field(
+        default=1, description="How it sleeps: 1 weights in host memory; 2 weights dropped and read again; 0 never, also not to make room."
+    )
     idle_timeout: Duration | None = Field(default=1800.0, description="Stopped after this long without a request; null: never.")
+    min_residency: Duration = Field(default=30.0, description="Not put to sleep or stopped for another model before it was ready so long.")
     start_timeout: Duration = Field(default=600.0, description="A start that takes longer has failed.")
     idle_trim: Duration | None = Field(
         default=10.0, description="After this long without a request it gives back reserved pages and its prefix cache; null: never."
@@ -173,7 +186,7 @@ class ModelSpec(BaseModel):
             include={"name", "aliases", "source", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens"},
             mode="json",
         )
-        return _digest(parts)
+        return _digest({**parts, "sleeps": self.sleep_level > 0})
 
     def served_by(self, launched: "ModelSpec") -> bool:
         """Whether an engine that was started for `launched` serves this spec. Asked in each look; mostly they are one object."""

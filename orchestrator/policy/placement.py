@@ -1,11 +1,20 @@
-"""Which GPUs an engine goes to: those with the most room after the floors of the engines that are there; distinct ones for its ranks."""
+"""Which GPUs an engine goes to: where the KV pressure is least, then where it fits best; distinct ones for its ranks.
 
+Pressure is what the engines of a GPU take a second, for each byte of KV that they share after floors. Where nobody measures it:
+the most room. A GPU without room is never one of the answers, and the same input gives the same answer in any order.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.units import show_bytes
+
+MOST_SETS = 100  # GPU sets that are tried for a tensor-parallel engine: all of 8 GPUs (70 at size 4), neighbours on larger boxes
+ONE_RANK = ": CUDA shows a process one MIG device, so engines on them have tensor_parallel_size 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +42,49 @@ def allowed(spec: ModelSpec, gpus: Mapping[str, GpuReading]) -> tuple[list[str],
     return found, unknown
 
 
-def place(spec: ModelSpec, need_bytes: int, room: Mapping[str, int], gpus: Mapping[str, GpuReading]) -> Placed | Refused:
-    """`room`: bytes per GPU that are left when every engine there is at its floor. Ties go to the lower index."""
-    candidates, _ = allowed(spec, gpus)
-    best = sorted((uuid for uuid in candidates if uuid in room), key=lambda uuid: (-room[uuid], gpus[uuid].index))
+def ranks(spec: ModelSpec, gpus: Mapping[str, GpuReading]) -> list[str]:
+    """Those of the allowed GPUs that one rank each may go to: CUDA shows a process one MIG device, so these never work together."""
+    found, _ = allowed(spec, gpus)
+    return found if spec.tensor_parallel_size == 1 else [uuid for uuid in found if not uuid.startswith("MIG-")]
+
+
+def sets(spec: ModelSpec, gpus: Mapping[str, GpuReading]) -> tuple[tuple[str, ...], ...]:
+    """Every GPU set that it could go to, lowest indexes first: what residency.choose() looks through where there is no room."""
+    found, size = sorted(ranks(spec, gpus), key=lambda uuid: (gpus[uuid].index, uuid)), spec.tensor_parallel_size
+    if math.comb(len(found), size) <= MOST_SETS:
+        return tuple(combinations(found, size))
+    return tuple(tuple(found[at : at + size]) for at in range(len(found) - size + 1))
+
+
+def pressures(rates: Mapping[str, float], room: Mapping[str, int], need_bytes: int) -> dict[str, float]:
+    """KV bytes a second that the engines of each GPU take, for each byte that is left to share beside floors and the newcomer's need."""
+    return {uuid: rates.get(uuid, 0.0) / max(1, size - need_bytes) for uuid, size in room.items()}
+
+
+def place(
+    spec: ModelSpec, need_bytes: int, room: Mapping[str, int], gpus: Mapping[str, GpuReading], pressure: Mapping[str, float] | None = None
+) -> Placed | Refused:
+    """`room`: bytes per GPU that are left when every engine there is at its floor. `pressure`: as pressures() has it, 0 where absent.
+
+    Least pressure, then the least room that does; without pressures the most room. Ties go to the lower index.
+    """
+
+    def merit(uuid: str) -> tuple[float, int, int, str]:
+        if pressure is None:
+            return (0.0, -room[uuid], gpus[uuid].index, uuid)
+        return (pressure.get(uuid, 0.0), room[uuid], gpus[uuid].index, uuid)
+
+    best = sorted((uuid for uuid in ranks(spec, gpus) if uuid in room), key=merit)
     fitting = [uuid for uuid in best if room[uuid] >= need_bytes]
     if len(fitting) >= spec.tensor_parallel_size:
         return Placed(tuple(fitting[: spec.tensor_parallel_size]))
     if len(best) < spec.tensor_parallel_size:
-        return Refused(f"{spec.tensor_parallel_size} GPUs wanted, {len(best)} can be read")
-    shown = ", ".join(f"GPU {gpus[uuid].index} has {show_bytes(max(0, room[uuid]))}" for uuid in best)
+        split = any(uuid.startswith("MIG-") for uuid in allowed(spec, gpus)[0])
+        note = ONE_RANK if split and spec.tensor_parallel_size > 1 else ""
+        return Refused(f"{spec.tensor_parallel_size} GPUs wanted, {len(best)} can be read{note}")
+    shown = ", ".join(
+        f"GPU {gpus[uuid].index} has {show_bytes(max(0, room[uuid]))}" for uuid in sorted(best, key=lambda u: (-room[u], gpus[u].index))
+    )
     return Refused(f"it needs {show_bytes(need_bytes)} on {_count(spec.tensor_parallel_size)}; beside the floors of the others {shown}")
 
 
@@ -53,6 +95,8 @@ def _count(size: int) -> str:
 def never_fits(spec: ModelSpec, parts: Mapping[str, int], floor: int, reserve: Mapping[str, int], gpus: Sequence[GpuReading]) -> str | None:
     """The arithmetic, if not even empty cards would do; None otherwise."""
     need = sum(parts.values()) + floor
+    if spec.tensor_parallel_size > 1 and gpus and all(gpu.uuid.startswith("MIG-") for gpu in gpus):
+        return f"{spec.tensor_parallel_size} GPUs wanted, and it may use MIG devices only{ONE_RANK}"
     fitting = [gpu for gpu in gpus if gpu.total_bytes - reserve[gpu.uuid] >= need]
     if len(fitting) >= spec.tensor_parallel_size:
         return None

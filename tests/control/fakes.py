@@ -57,6 +57,9 @@ class FakeEngine:
     segment: Segment | None = None
     hidden: bool = False  # somebody removed the segment, or made it something else: the engine goes on
     acked: int | None = None
+    asleep: bool = False
+    host_bytes: int = 0
+    doing: str = ""  # "sleep" or "wake", until its next step
 
     @property
     def held_bytes(self) -> int:
@@ -142,6 +145,18 @@ class FakeEngines:
         self.journal.append(f"limit {engine.launch.spec.name}")
         engine.segment = replace(engine.segment, limit_bytes=limit_bytes)
 
+    def sleep(self, launch_id: str, level: int) -> None:
+        engine = self.all.get(launch_id)
+        if engine is not None and engine.ready and engine.alive:
+            self.journal.append(f"sleep {engine.launch.spec.name}")
+            engine.doing = "sleep"
+
+    def wake(self, launch_id: str) -> None:
+        engine = self.all.get(launch_id)
+        if engine is not None and engine.asleep and engine.alive:
+            self.journal.append(f"wake {engine.launch.spec.name}")
+            engine.doing = "wake"
+
     def trim(self, launch_id: str) -> None:
         """What it keeps mapped for nobody goes: the reserve, and what requests that are over left in the prefix cache."""
         engine = self.all.get(launch_id)
@@ -157,6 +172,9 @@ class FakeEngines:
 
     def look(self) -> Mapping[str, EngineSeen]:
         return {launch_id: self._seen(engine) for launch_id, engine in self.all.items()}
+
+    def segments(self) -> Mapping[str, Segment | None]:
+        return {launch_id: None if engine.hidden else engine.segment for launch_id, engine in self.all.items()}
 
     def forget(self, launch_id: str) -> None:
         self.forgotten.append(launch_id)
@@ -199,8 +217,18 @@ class FakeEngines:
                 engine.fixed_bytes = CONTEXT + SHAPE.weights_bytes
             case "ready":
                 engine.ready = True
+                self._sleep_or_wake(engine)
                 assert engine.segment is not None
                 engine.acked = engine.segment.limit_bytes
+
+    def _sleep_or_wake(self, engine: FakeEngine) -> None:
+        doing, engine.doing = engine.doing, ""
+        if doing and self.fail_next:
+            engine.error, engine.log = self.fail_next.pop(0)
+        elif doing == "sleep":
+            engine.asleep, engine.fixed_bytes, engine.host_bytes = True, CONTEXT, SHAPE.weights_bytes
+        elif doing == "wake":
+            engine.asleep, engine.fixed_bytes = False, CONTEXT + SHAPE.weights_bytes
 
     def _seen(self, engine: FakeEngine) -> EngineSeen:
         shown = engine.ready and engine.segment is not None  # what a ready engine once said of itself is kept
@@ -220,6 +248,10 @@ class FakeEngines:
             capacity_bytes=engine.launch.ceiling_bytes // BUNDLE * BUNDLE if shown else 0,
             bundle_bytes=BUNDLE if shown else 0,
             acked_limit_bytes=engine.acked,
+            asleep=engine.asleep,
+            host_bytes=engine.host_bytes,
+            sleep_s=0.5,
+            wake_s=0.25,
         )
 
 

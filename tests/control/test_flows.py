@@ -228,7 +228,7 @@ async def test_one_start_at_a_time_on_a_card() -> None:
         await w.until("a", State.STARTING)
         await w.tick()
         assert w.instance("b").state is State.WAITING
-        assert "another engine is starting" in w.instance("b").reason
+        assert "another engine starts or wakes" in w.instance("b").reason
         await w.until("b", State.READY)
         assert w.instance("a").state is State.READY
 

@@ -194,6 +194,31 @@ async def test_a_segment_that_somebody_removed_is_made_anew_and_requests_go_on()
             await each.finish()
 
 
+async def test_what_an_engine_without_a_segment_holds_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on with its memory and its limit, however long it takes to make its segment anew."""
+    async with world(spec("a"), spec("b"), gpus=FakeGpus(total_bytes=40 * GIB)) as w:
+        held = [await w.ready(name) for name in ("a", "b")]
+        await w.tick(40)
+        w.engines["a"].use(4 * GIB)
+        await w.tick(40)
+        a, b, mapped = segment(w, "a").limit_bytes, segment(w, "b").limit_bytes, segment(w, "a").mapped_bytes
+        with monkeypatch.context() as broken:
+            broken.setattr(w.engines, "repair", lambda launch_id: None)
+            w.engines["a"].hidden = True
+            w.engines["b"].use(b)  # and wants more
+            for _ in range(20):
+                await w.tick()
+                assert pool(w, "a").charge_bytes >= a
+                assert segment(w, "b").limit_bytes + a <= 40 * GIB
+                assert segment(w, "b").limit_bytes <= b + 0.03 * 40 * GIB  # what was in hand, and nothing of a's
+                assert w.loop.view is not None
+                assert w.loop.view.plan.gpus["GPU-0"].kv_mapped_bytes == mapped + segment(w, "b").mapped_bytes
+        await w.tick(2)
+        assert not w.engines["a"].hidden
+        for request in held:
+            await request.finish()
+
+
 async def test_a_segment_that_somebody_zeroed_gets_its_limit_back_and_its_engine_is_not_forgotten() -> None:
     """Its engine goes on with the limit that it had: what it may take is not given to the other meanwhile."""
     async with world(spec("a"), spec("b"), gpus=FakeGpus(total_bytes=40 * GIB)) as w:

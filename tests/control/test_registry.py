@@ -182,7 +182,7 @@ async def test_hold_and_start() -> None:
 
 
 def learn(of: ModelSpec, start_bytes: int = 5 * GIB, ready_bytes: int = 3 * GIB) -> Learn:
-    return Learn(of.name, of.footprint_key(), start_bytes, ready_bytes, 24.0)
+    return Learn(of.name, of.footprint_key(), {"start_bytes": start_bytes, "ready_bytes": ready_bytes, "start_s": 24.0})
 
 
 async def test_learned_figures_are_for_every_model_that_is_started_alike() -> None:

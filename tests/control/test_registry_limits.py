@@ -130,7 +130,9 @@ async def test_they_are_durable_before_they_are_seen_and_nothing_learned_meanwhi
     change = asyncio.ensure_future(shelf.limit("a", priority=1))
     await turns()
     assert shelf.registry.get("a").spec.priority == 0
-    learning = asyncio.ensure_future(shelf.registry.learn(Learn("a", spec("a").footprint_key(), 5 * GIB, 3 * GIB, 24.0)))
+    learning = asyncio.ensure_future(
+        shelf.registry.learn(Learn("a", spec("a").footprint_key(), {"start_bytes": 5 * GIB, "ready_bytes": 3 * GIB, "start_s": 24.0}))
+    )
     held = asyncio.ensure_future(shelf.registry.hold("a", True))
     await turns()
     shelf.store.gate.set()

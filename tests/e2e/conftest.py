@@ -21,9 +21,9 @@ Client = Callable[[Daemon], openai.OpenAI]
 def daemons() -> Iterator[Fresh]:
     with contextlib.ExitStack() as stack:
 
-        def make(**env: str) -> Daemon:
+        def make(before: str = "", **env: str) -> Daemon:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", prefix="o-", ignore_cleanup_errors=True)))
-            daemon = Daemon(folder, **env)
+            daemon = Daemon(folder, before, **env)
             stack.callback(daemon.close)
             return daemon
 

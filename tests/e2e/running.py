@@ -40,6 +40,8 @@ TINY = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
+# The same with 8 GiB of weights: of such, two fit a card of 24 GiB, and sleep gives most of one back.
+LARGE = {**TINY, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 174_000}
 
 
 def eventually(probe: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:
@@ -67,14 +69,17 @@ class _Unix(http.client.HTTPConnection):
 
 
 class Daemon:
-    """`orchestratord serve` on simulated GPUs, in a folder of its own."""
+    """`orchestratord serve` on simulated GPUs, in a folder of its own. `before`: Python that its process runs first."""
 
-    def __init__(self, folder: Path, **env: str) -> None:
+    def __init__(self, folder: Path, before: str = "", **env: str) -> None:
         self.folder = folder
+        self._program = ["-c", f"{before}\nfrom orchestrator.daemon import main; main()"] if before else ["-m", "orchestrator.daemon"]
         self.prefix = f"e{secrets.token_hex(3)}"
         self.model_folder = folder / "tiny"
-        self.model_folder.mkdir()
-        (self.model_folder / "config.json").write_text(json.dumps(TINY))
+        self.large_folder = folder / "large"
+        for path, shape in ((self.model_folder, TINY), (self.large_folder, LARGE)):
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(shape))
         self.log = folder / "daemon.log"
         self.admin = folder / "r/admin.sock"
         self.env = {
@@ -99,7 +104,7 @@ class Daemon:
     def start(self) -> "Daemon":
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.daemon", "serve"], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stderr=log
+                [sys.executable, *self._program, "serve"], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stderr=log
             )
 
         def answers() -> bool:
@@ -193,18 +198,31 @@ class Daemon:
     # ---- talking --------------------------------------------------------------------------------------------------
 
     def get(self, path: str) -> Any:
-        return self._call("GET", path)
+        return self._good("GET", path)
 
     def post(self, path: str, given: Any) -> Any:
-        return self._call("POST", path, json.dumps(given))
+        return self._good("POST", path, given)
 
-    def _call(self, method: str, path: str, given: str | None = None) -> Any:
+    def tell(self, name: str, verb: str) -> None:
+        """load, sleep, … that must be taken."""
+        self._good("POST", f"/models/{name}/{verb}")
+
+    def refusal(self, method: str, path: str, given: Any = None) -> tuple[int, Any]:
+        """Status and error of a call that must be refused."""
+        status, body = self._call(method, path, given)
+        assert status >= 400, body
+        return status, body["error"]
+
+    def _good(self, method: str, path: str, given: Any = None) -> Any:
+        status, body = self._call(method, path, given)
+        assert status in (200, 201, 202), body
+        return body
+
+    def _call(self, method: str, path: str, given: Any = None) -> tuple[int, Any]:
         with contextlib.closing(_Unix(self.admin)) as connection:
-            connection.request(method, f"/api/v1{path}", given)
+            connection.request(method, f"/api/v1{path}", None if given is None else json.dumps(given))
             answer = connection.getresponse()
-            body = json.loads(answer.read())
-            assert answer.status in (200, 201), body
-            return body
+            return answer.status, json.loads(answer.read())
 
     def model(self, name: str) -> Any:
         return self.get(f"/models/{name}")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from orchestrator.policy.actions import SetLimit, Start, Stop
+from orchestrator.policy.admission import reserve_bytes
 from orchestrator.policy.budgets import PoolMemory
-from orchestrator.policy.decide import Plan, decide, reserve_bytes
+from orchestrator.policy.decide import Plan, decide
 from orchestrator.policy.footprint import Footprint
 from orchestrator.policy.instance import Instance, Launch, State
 from orchestrator.policy.lifecycle import Known, Rules
@@ -127,7 +128,7 @@ def test_one_start_a_gpu_at_a_time_by_priority_then_by_waiting() -> None:
     box = Box(models, [card(0, 139)], {"a": ASKED, "b": ASKED})
     plan = box.look()
     assert starts(plan) == {"b": ("GPU-0",)}
-    assert (plan.instances["a"].state, plan.instances["a"].reason) == (S.WAITING, "another engine is starting on its GPU")
+    assert (plan.instances["a"].state, plan.instances["a"].reason) == (S.WAITING, "another engine starts or wakes on its GPU")
     box.engines["n1"] = EngineSeen("n1", alive=True)
     box.traffic = {name: ASKED for name in models}
     assert starts(box.look()) == {}
@@ -181,7 +182,7 @@ def test_the_limit_of_a_new_segment_is_cut_at_first_sight() -> None:
 
 def reserving() -> Box:
     """`old` holds 100 of 140 GiB in KV, all but 2 of it above its floor; `new` needs 22, of which 16 are seen free."""
-    box = Box({"old": known("old"), "new": known("new")}, [card(0, 20)], {"new": ASKED})
+    box = Box({"old": known("old", pinned=True), "new": known("new")}, [card(0, 20)], {"new": ASKED})
     box.runs("old", mapped=100, limit=100)
     return box
 
@@ -212,7 +213,7 @@ def test_a_promise_that_a_foreign_process_breaks_is_given_up() -> None:
     plan = box.look()
     new = plan.instances["new"]
     assert (new.state, new.reserved, new.launch) == (S.WAITING, False, None)
-    assert new.reason == "it needs 22.0GiB on a GPU; beside the floors of the others GPU 0 has 19.0GiB"
+    assert new.reason.startswith("it needs 22.0GiB on a GPU; beside the floors of the others GPU 0 has 19.0GiB; 3072MiB are missing")
     assert plan.gpus["GPU-0"].claims_bytes == 0
 
 
@@ -234,21 +235,25 @@ def test_what_is_promised_to_one_is_not_given_to_another() -> None:
     plan = box.look()
     assert starts(plan) == {}
     assert (plan.instances["new"].reserved, plan.instances["late"].reserved) == (True, False)
-    assert plan.instances["late"].reason == "another engine is starting on its GPU"
+    assert plan.instances["late"].reason == "another engine starts or wakes on its GPU"
 
 
 def test_one_that_cannot_be_placed_does_not_hold_up_the_line() -> None:
     models = {"big": known("big", start=200, priority=8), "small": known("small")}
     plan = Box(models, [card(0, 139)], {"big": ASKED, "small": ASKED}).look()
     assert starts(plan) == {"small": ("GPU-0",)}
-    assert plan.instances["big"].reason == "it needs 202.0GiB on a GPU; beside the floors of the others GPU 0 has 135.0GiB"
+    assert plan.instances["big"].reason == (
+        "it needs 202.0GiB on a GPU; beside the floors of the others GPU 0 has 135.0GiB; 67.0GiB are missing: no engine of ours holds them"
+    )
 
 
 def test_floors_of_those_that_run_are_not_for_the_taking() -> None:
-    box = Box({"old": known("old"), "new": known("new", start=20, floor=2)}, [card(0, 27.9)], {"new": ASKED})
+    box = Box({"old": known("old", pinned=True), "new": known("new", start=20, floor=2)}, [card(0, 27.9)], {"new": ASKED})
     box.runs("old", mapped=0, limit=20)
     plan = box.look()
-    assert plan.instances["new"].reason == "it needs 22.0GiB on a GPU; beside the floors of the others GPU 0 has 21.9GiB"
+    assert plan.instances["new"].reason == (
+        "it needs 22.0GiB on a GPU; beside the floors of the others GPU 0 has 21.9GiB; 102MiB are missing: old is pinned"
+    )
     box.gpus = [card(0, 28)]
     assert starts(box.look()) == {"new": ("GPU-0",)}
 

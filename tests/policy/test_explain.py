@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.policy import explain
-from orchestrator.policy.decide import PoolView, reserve_bytes
+from orchestrator.policy.admission import reserve_bytes
+from orchestrator.policy.decide import PoolView
 from orchestrator.policy.instance import HAS_ENGINE, State
 from orchestrator.policy.snapshot import GpuReading, Snapshot, TrafficSeen
 from orchestrator.policy.units import GIB

@@ -120,12 +120,18 @@ def test_a_floor_of_the_operator_counts_but_never_under_two_bundles() -> None:
 
 def test_what_was_learned_replaces_bytes_and_time_and_keeps_the_geometry() -> None:
     estimated = estimate(spec(), QWEN_7B)
-    learned = estimated.learned(18 * GIB, 16 * GIB, 4.5)
+    learned = estimated.learned({"start_bytes": 18 * GIB, "ready_bytes": 16 * GIB, "start_s": 4.5})
     assert (learned.source, learned.known) == ("learned", True)
     assert (learned.start_bytes, learned.ready_bytes, learned.start_s) == (18 * GIB, 16 * GIB, 4.5)
     assert dict(learned.parts) == {"learned": 16 * GIB, "profiling, until ready": 2 * GIB}
     assert floor_bytes(spec(), learned) == floor_bytes(spec(), estimated)
-    assert estimated.learned(1, 2, 0.0).parts["profiling, until ready"] == 0
+    assert estimated.learned({"start_bytes": 1, "ready_bytes": 2}).parts["profiling, until ready"] == 0
+
+
+def test_what_its_sleep_has_shown_is_learned_beside_the_estimate() -> None:
+    learned = estimate(spec(), QWEN_7B).learned({"asleep_bytes": GIB, "host_bytes": 15 * GIB, "sleep_s": 0.3, "wake_s": 0.33, "unknown": 1})
+    assert (learned.source, learned.asleep_bytes, learned.host_bytes) == ("estimated", GIB, 15 * GIB)
+    assert (learned.sleep_s, learned.wake_s) == (0.3, 0.33)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,9 @@ CHANGES: dict[str, Any] = {
     "priority": 1,
     "pinned": True,
     "preload": True,
+    "sleep_timeout": 60,
+    "sleep_level": 0,
+    "min_residency": 60,
     "idle_timeout": 60,
     "start_timeout": 60,
     "idle_trim": 60,
@@ -200,7 +203,7 @@ CHANGES: dict[str, Any] = {
     "max_concurrency": 1,
     "max_queue": 1,
 }
-RESTARTS = {"name", "source", "aliases", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens"}
+RESTARTS = {"name", "source", "aliases", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens", "sleep_level"}
 WEIGHS = {"source", "tensor_parallel_size", "args", "env", "engine"}
 
 

@@ -91,6 +91,19 @@ def test_a_lost_segment_is_made_anew_and_the_others_limits_stay() -> None:
     assert of(box.look(), Repair) == []
 
 
+def test_a_lost_segment_that_was_seen_before_is_made_anew_and_stays_charged() -> None:
+    box = Box({"a": known("a"), "b": known("b")}, [card(0, 20)])
+    box.runs("a", mapped=20, limit=30)
+    box.runs("b", mapped=20, limit=30)
+    box.look()
+    box.engines["a"] = replace(box.engines["a"], segment_lost=True)
+    plan = box.look()
+    assert of(plan, Repair) == [Repair("a", "a", "its segment is gone, or is none any more")]
+    assert plan.pools["a"].charge_bytes == 30 * GIB
+    box.engines["a"] = replace(box.engines["a"], segment_lost=False)
+    assert of(box.look(), Repair) == []
+
+
 @pytest.mark.parametrize(("state", "ready"), [(S.STARTING, False), (S.DRAINING, True), (S.STOPPING, False)])
 def test_no_segment_is_made_for_an_engine_that_is_not_serving(state: State, ready: bool) -> None:
     box = Box({"a": known("a")}, [card(0, 100)], {"a": TrafficSeen(in_flight=1)})
@@ -153,5 +166,5 @@ def test_a_claim_is_told_for_every_engine_that_starts_or_is_promised_memory() ->
     box = Box({"a": known("a"), "b": known("b")}, [card(0, 139), card(1, 10)], {"a": TrafficSeen(waiting=1)})
     plan = box.look()
     (launch,) = (i.launch for i in plan.instances.values() if i.launch)
-    assert plan.claims == {(launch.id, launch.gpus[0]): 22 * GIB}
+    assert plan.claims == {(launch.spec.name, launch.gpus[0]): 22 * GIB}
     assert plan.gpus[launch.gpus[0]].claims_bytes == 22 * GIB
