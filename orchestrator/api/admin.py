@@ -1,14 +1,14 @@
 """The operators' routes, what orchestratorctl talks to: projections of the registry and of the loop's last look, and few commands.
 
-A command changes the registry and wakes the loop; what becomes of it is watched, not awaited. Only `add` awaits one look of the
-loop: a request right behind its answer must find the model's door.
+A command changes the registry and wakes the loop; what becomes of it is watched, not awaited. Only `add` and `limit` await one look
+of the loop: a request right behind the answer must find the model's door. Whoever is refused is told why, and what to do instead.
 """
 
 import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,18 @@ from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
 from orchestrator import __version__
+from orchestrator.api import logs, projections
+from orchestrator.api.projections import Json
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import LIMIT_FIELDS, Registry
-from orchestrator.errors import BadRequest, ModelNotFound, Problem, SpecError
-from orchestrator.policy import explain
-from orchestrator.policy.instance import Instance, State
-from orchestrator.policy.lifecycle import Known
+from orchestrator.errors import BadRequest, Conflict, ModelNotFound, SpecError
+from orchestrator.policy.instance import State
+from orchestrator.policy.lifecycle import Want
 from orchestrator.policy.model import ModelSpec
-from orchestrator.policy.snapshot import EngineSeen, GpuReading, TrafficSeen
-from orchestrator.policy.stored import Event
 
-LOG_POLL_S = 0.2
-LOG_BLOCK = 64 * 1024
-MAX_TAIL = 100_000
 LOOK_TIMEOUT_S = 5.0  # a look takes milliseconds, 2 s where the driver hangs
+VERBS = ("start", "stop", "load", "unload", "sleep", "wake", "drain", "pin", "unpin")
+COULD_SLEEP = frozenset({State.READY, State.DRAINING, State.ASLEEP, State.WAKING})
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class About:
     state_dir: str
     phases: tuple[str, ...]
     started_at: float  # time.monotonic()
+    host_budget_bytes: int | None = None  # of host memory, for all that sleep
 
 
 class Admin:
@@ -58,21 +57,26 @@ class Admin:
         log_file: Callable[[str], Path | None],
         events: Callable[[str | None, int], Any],
         who: Callable[[int], str],
+        launch_servers: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> None:
-        """`who`: pid -> its user and program, for people."""
+        """`who`: pid -> its user and program, for people. `launch_servers`: those that fork engines, by engine venv."""
         self._registry, self._loop, self._about = registry, reconciler, about
-        self._socket_of, self._log_file, self._events, self._who = socket_of, log_file, events, who
+        self._log_file, self._events, self._who = log_file, events, who
+        self._launch_servers = launch_servers
+        self._places = projections.Places(socket_of, log_file, about.phases)
 
     def router(self) -> APIRouter:
+        """A verb that is added here is a word that no name may end with: policy/model.py, ROUTE_WORDS."""
         router = APIRouter(prefix="/api/v1")
         router.add_api_route("/status", self.status, methods=["GET"])
         router.add_api_route("/events", self.events, methods=["GET"])
         router.add_api_route("/explain", self.explain, methods=["GET"])
         router.add_api_route("/models", self.models, methods=["GET"])
         router.add_api_route("/models", self.add, methods=["POST"], status_code=201)
-        for verb in ("start", "stop"):
+        for verb in VERBS:
             router.add_api_route(f"/models/{{name:path}}/{verb}", getattr(self, verb), methods=["POST"], status_code=202)
         router.add_api_route("/models/{name:path}/limit", self.limit, methods=["POST"])
+        router.add_api_route("/models/{name:path}/plan", self.plan, methods=["GET"])
         router.add_api_route("/models/{name:path}/watch", self.watch, methods=["GET"])
         router.add_api_route("/models/{name:path}/logs", self.logs, methods=["GET"])
         router.add_api_route("/models/{name:path}", self.describe, methods=["GET"])
@@ -81,36 +85,8 @@ class Admin:
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
-        view, about = self._loop.view, self._about
-        counts: dict[str, int] = {}
-        for name in self._names():
-            state = self._instance(name).state.value
-            counts[state] = counts.get(state, 0) + 1
-        gpus = []
-        for uuid, gpu in sorted(view.snapshot.gpus.items(), key=lambda item: item[1].index) if view else ():
-            budget = view.plan.gpus[uuid] if view else None
-            if budget is None:
-                continue
-            gpus.append(
-                {
-                    "index": gpu.index,
-                    "uuid": uuid,
-                    "name": gpu.name,
-                    "total_bytes": budget.total_bytes,
-                    "used_bytes": budget.used_bytes,
-                    "free_bytes": gpu.free_bytes,
-                    "reserve_bytes": budget.reserve_bytes,
-                    "foreign_bytes": budget.foreign_bytes,
-                    "fixed_bytes": budget.fixed_bytes,
-                    "claims_bytes": budget.claims_bytes,
-                    "kv_used_bytes": budget.kv_mapped_bytes,
-                    "kv_limit_bytes": budget.kv_limit_bytes,
-                    "pool_bytes": budget.pool_bytes,
-                    "age_s": round(max(0.0, time.monotonic() - gpu.read_at), 3),
-                    "error": gpu.error,
-                }
-            )
+    async def status(self) -> Json:
+        view, about, known = self._loop.view, self._about, self._registry.known()
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -120,8 +96,10 @@ class Admin:
             "gpu_source": about.gpu_source,
             "config": list(about.config),
             "state_dir": about.state_dir,
-            "models": counts,
-            "gpus": gpus,
+            "models": projections.counts(known, view),
+            "launch_servers": await self._launch_servers() if self._launch_servers else {},
+            "host": projections.host(known, view, about.host_budget_bytes),
+            "gpus": projections.budgets(view),
             "loop": {
                 "ticks": view.ticks if view else 0,
                 "last_ms": round(1000 * view.took_s, 3) if view else None,
@@ -129,41 +107,23 @@ class Admin:
             },
         }
 
-    async def explain(self) -> dict[str, Any]:
-        """Every GPU's memory as lines that add up to the card, and its pools with what would change their limits."""
-        view = self._loop.view
-        if view is None:
-            return {"gpus": []}
-        gpus = []
-        for uuid, gpu in sorted(view.snapshot.gpus.items(), key=lambda item: item[1].index):
-            rows = [
-                {"what": row.what, "bytes": row.bytes, "why": row.why, "model": row.model, "who": self._who(row.pid) if row.pid else None}
-                for row in explain.lines(uuid, view.snapshot, view.plan)
-            ]
-            here = [i for i in view.plan.instances.values() if i.launch and uuid in i.launch.gpus and i.launch.id in view.plan.pools]
-            gpus.append(
-                {
-                    "index": gpu.index,
-                    "uuid": uuid,
-                    "name": gpu.name,
-                    "error": gpu.error,
-                    "total_bytes": gpu.total_bytes,
-                    "lines": rows,
-                    "pool_bytes": view.plan.gpus[uuid].pool_bytes,
-                    "pools": [self._explained(i.model, i.launch.id) for i in here if i.launch],
-                }
-            )
-        return {"gpus": gpus}
+    async def explain(self) -> Json:
+        return {"gpus": projections.explained(self._loop.view, self._who)}
 
-    async def models(self) -> dict[str, Any]:
-        return {"models": [self._model(name) for name in self._names()]}
+    async def models(self) -> Json:
+        return {"models": [self._model(name) for name in projections.names(self._registry.known(), self._loop.view)]}
 
-    async def describe(self, name: str) -> dict[str, Any]:
+    async def describe(self, name: str) -> Json:
         name = self._resolve(name)
-        return {**self._model(name), "events": _events(await self._events(name, 50))}
+        return {**self._model(name), "events": [projections.event(event) for event in await self._events(name, 50)]}
 
-    async def events(self, tail: int = Query(100, ge=1, le=10_000), model: str | None = None) -> dict[str, Any]:
-        return {"events": [{**shown, "model": e.model} for e, shown in ((e, _event(e)) for e in await self._events(model, tail))]}
+    async def events(self, tail: int = Query(100, ge=1, le=10_000), model: str | None = None) -> Json:
+        return {"events": [{**projections.event(event), "model": event.model} for event in await self._events(model, tail)]}
+
+    async def plan(self, name: str) -> Json:
+        """What loading it would do now, and nothing done."""
+        name = self._registry.resolve(name)
+        return projections.plan(name, self._loop.preview(name))
 
     async def watch(self, name: str, request: Request) -> StreamingResponse:
         """The model now and at each change, a JSON object a line, until it is gone."""
@@ -177,7 +137,7 @@ class Admin:
                 except ModelNotFound:
                     yield msgspec.json.encode({"name": name, "state": "removed"}) + b"\n"
                     return
-                telling = _without_clocks(model)
+                telling = projections.without_clocks(model)
                 if telling != last:
                     last = telling
                     yield msgspec.json.encode(model) + b"\n"
@@ -186,73 +146,120 @@ class Admin:
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
-    async def logs(self, name: str, tail: int = Query(100, ge=0, le=MAX_TAIL), follow: bool = False) -> StreamingResponse:
+    async def logs(self, name: str, tail: int = Query(100, ge=0, le=logs.MAX_TAIL), follow: bool = False) -> StreamingResponse:
         name = self._resolve(name)
-        path = self._log_file(name)
-        if path is None and not follow:
+        if self._log_file(name) is None and not follow:
             raise ModelNotFound(f"The model {name!r} has no log: it was never started.", code="no_log")
-
-        async def text() -> AsyncIterator[bytes]:
-            current, at = path, 0
-            if current is not None:
-                lines, at = await asyncio.to_thread(_tail, current, tail)
-                yield lines
-            while follow:
-                newest = self._log_file(name)  # a new launch writes a new file
-                if newest is not None and newest != current:
-                    current, at = newest, 0
-                if current is not None and (block := await asyncio.to_thread(_read_from, current, at)):
-                    at += len(block)
-                    yield block
-                else:
-                    await asyncio.sleep(LOG_POLL_S)
-
-        return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+        return StreamingResponse(logs.read(lambda: self._log_file(name), tail, follow), media_type="text/plain; charset=utf-8")
 
     # ---- commands -------------------------------------------------------------------------------------------------
 
-    async def add(self, request: Request, start: bool = True) -> dict[str, Any]:
+    async def add(self, request: Request, start: bool = True) -> Json:
         given = await _json_object(request, "A spec is a JSON object with at least `name` and `source`.")
         try:
             spec = ModelSpec.model_validate(given)
         except ValidationError as error:
-            raise SpecError(_spec_problems(error)) from None
-        await self._registry.add(spec, self._gpus(), start)
+            raise SpecError(projections.spec_problems(error.errors())) from None
+        await self._registry.add(spec, projections.gpus(self._loop.view), start)
         self._loop.note(spec.name, "added", "added by API")
         await self._next_look()
         return self._model(spec.name)
 
-    async def remove(self, name: str) -> dict[str, Any]:
+    async def remove(self, name: str) -> Json:
         name = self._resolve(name)
         before = self._model(name)
         await self._registry.remove(name)
         self._loop.note(name, "removed", "removed by API")
         return before
 
-    async def limit(self, name: str, request: Request) -> dict[str, Any]:
+    async def limit(self, name: str, request: Request) -> Json:
         name = self._registry.resolve(name)
         changes = await _json_object(
             request, f"Bounds are a JSON object with some of {', '.join(LIMIT_FIELDS)}; null gives one back to the spec."
         )
         try:
-            await self._registry.limit(name, changes, self._gpus())
+            await self._registry.limit(name, changes, projections.gpus(self._loop.view))
         except ValidationError as error:
-            raise SpecError(_spec_problems(error)) from None
+            raise SpecError(projections.spec_problems(error.errors())) from None
         self._loop.note(name, "limit", ", ".join(f"{field}: {'as in its spec' if v is None else v}" for field, v in changes.items()))
         await self._next_look()
         return self._model(name)
 
-    async def start(self, name: str) -> dict[str, Any]:
+    async def start(self, name: str) -> Json:
         name = self._registry.resolve(name)
         await self._registry.hold(name, False)
-        self._loop.note(name, "start", "asked for by API")
-        return self._model(name)
+        return self._noted(name, "start")
 
-    async def stop(self, name: str) -> dict[str, Any]:
+    async def stop(self, name: str) -> Json:
         name = self._registry.resolve(name)
         await self._registry.hold(name, True)
-        self._loop.note(name, "stop", "asked for by API")
+        return self._noted(name, "stop")
+
+    async def load(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        self._registry.want(name)
+        return self._noted(name, "load")
+
+    async def wake(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        state = projections.instance(name, self._loop.view).state
+        if state in (State.STOPPED, State.FAILED) and not self._registry.get(name).held:  # held: said by want()
+            raise Conflict(f"{name!r} is {state.value}, not asleep: `orchestratorctl load {name}` starts it.", param="name")
+        self._registry.want(name)
+        return self._noted(name, "wake")
+
+    async def unload(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        self._refuse_busy(name, "be unloaded")
+        self._registry.rest(name, Want.NOTHING)
+        return self._noted(name, "unload")
+
+    async def sleep(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        spec, instance = self._registry.get(name).spec, projections.instance(name, self._loop.view)
+        if not spec.sleep_level or (instance.launch and not instance.launch.spec.sleep_level):
+            raise Conflict(f"{name!r} can not sleep: it has sleep_level 0. `orchestratorctl unload {name}` frees its memory.", param="name")
+        if instance.state is State.STARTING:
+            raise Conflict(f"{name!r} is starting: it can sleep once it is ready; `orchestratorctl unload {name}` ends it.", param="name")
+        if instance.state not in COULD_SLEEP:
+            raise Conflict(f"{name!r} is {instance.state.value}: there is nothing that could sleep.", param="name")
+        self._refuse_busy(name, "sleep")
+        self._registry.rest(name, Want.ASLEEP)
+        return self._noted(name, "sleep")
+
+    async def drain(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        self._registry.drain(name)
+        return self._noted(name, "drain")
+
+    async def pin(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        await self._registry.limit(name, {"pinned": True}, projections.gpus(self._loop.view))
+        return self._noted(name, "pin")
+
+    async def unpin(self, name: str) -> Json:
+        name = self._registry.resolve(name)
+        await self._registry.limit(name, {"pinned": False}, projections.gpus(self._loop.view))
+        return self._noted(name, "unpin")
+
+    def _noted(self, name: str, verb: str) -> Json:
+        self._loop.note(name, verb, "asked for by API")
         return self._model(name)
+
+    def _refuse_busy(self, name: str, what: str) -> None:
+        requests = projections.traffic(name, self._loop.view)
+        if count := requests.in_flight + requests.waiting:
+            has = f"{name!r} has {count} request{'s' if count > 1 else ''}"
+            raise Conflict(f"{has}: it can not {what} now; `orchestratorctl drain {name}` lets them end first.", param="name", code="busy")
+
+    # ---- names, and the next look -----------------------------------------------------------------------------------
+
+    def _resolve(self, name: str) -> str:
+        """Also that of a removed model whose engine is not gone yet."""
+        return name if name in projections.names(self._registry.known(), self._loop.view) else self._registry.resolve(name)
+
+    def _model(self, name: str) -> Json:
+        return projections.model(name, self._registry.known(), self._loop.view, self._places)
 
     async def _next_look(self) -> None:
         before = self._loop.view
@@ -260,108 +267,8 @@ class Admin:
             async with asyncio.timeout(LOOK_TIMEOUT_S), self._loop.ticked:
                 await self._loop.ticked.wait_for(lambda: self._loop.view is not before)
 
-    # ---- projections ----------------------------------------------------------------------------------------------
 
-    def _gpus(self) -> tuple[GpuReading, ...]:
-        return tuple(self._loop.view.snapshot.gpus.values()) if self._loop.view else ()
-
-    def _names(self) -> list[str]:
-        """Registered models, and removed ones whose engine is not gone yet."""
-        instances = self._loop.view.plan.instances if self._loop.view else {}
-        return sorted(self._registry.known().keys() | instances.keys())
-
-    def _resolve(self, name: str) -> str:
-        return name if name in self._names() else self._registry.resolve(name)
-
-    def _instance(self, name: str) -> Instance:
-        found = self._loop.view.plan.instances.get(name) if self._loop.view else None
-        return found or Instance(name, reason="just added")
-
-    def _model(self, name: str) -> dict[str, Any]:
-        known: Known | None = self._registry.known().get(name)
-        instance, view, now = self._instance(name), self._loop.view, time.monotonic()
-        launch = instance.launch if instance.state is not State.WAITING else None
-        spec = known.spec if known else (instance.launch.spec if instance.launch else None)
-        traffic = view.snapshot.traffic.get(name, TrafficSeen()) if view else TrafficSeen()
-        seen = view.snapshot.engines.get(launch.id) if view and launch else None
-        last_used = max(
-            (at for at in (traffic.last_used, known.started_at if known else None) if at is not None and at > -1e9), default=None
-        )
-        failure = instance.failure
-        return {
-            "name": name,
-            "source": spec.source if spec else None,
-            "aliases": list(spec.aliases) if spec else [],
-            "owner": known.owner if known else "removed",
-            "state": instance.state.value,
-            "since_s": round(max(0.0, now - instance.since), 1) if instance.since else 0.0,
-            "reason": instance.reason,
-            "held": known.held if known else True,
-            "in_flight": traffic.in_flight,
-            "waiting": traffic.waiting,
-            "idle_s": 0.0 if traffic.in_flight else (round(now - last_used, 1) if last_used is not None else None),
-            "spec": spec.model_dump(mode="json") if spec else {},
-            "overrides": dict(known.overrides) if known else {},
-            "engine": self._engine(instance, seen) if launch else None,
-            "pool": self._pool(launch.id, seen) if launch else None,
-            "failure": None
-            if failure is None
-            else {
-                "reason": failure.reason,
-                "log": list(failure.log),
-                "count": instance.failures,
-                "retry_in_s": round(max(0.0, instance.retry_at - now), 1) if instance.state is State.BACKOFF else None,
-            },
-            "footprint": _footprint(known) if known else None,
-        }
-
-    def _engine(self, instance: Instance, seen: EngineSeen | None) -> dict[str, Any]:
-        view, launch = self._loop.view, instance.launch
-        assert view is not None
-        assert launch is not None
-        phase = seen.phase if seen else self._about.phases[0]
-        return {
-            "launch_id": launch.id,
-            "pid": seen.pid if seen else None,
-            "ipc_name": launch.ipc_name,
-            "socket": self._socket_of(launch.id),
-            "log": str(self._log_file(instance.model) or ""),
-            "phase": phase,
-            "phase_index": self._about.phases.index(phase),
-            "phase_count": len(self._about.phases),
-            "gpus": list(launch.gpus),
-            "gpu_indexes": [view.snapshot.gpus[uuid].index for uuid in launch.gpus if uuid in view.snapshot.gpus],
-            "gpu_bytes": sum(view.snapshot.held_bytes(launch.id, uuid) for uuid in launch.gpus),
-            "up_s": round(time.monotonic() - seen.started_at, 1) if seen else 0.0,
-            "expected_start_s": launch.expected_start_s,
-        }
-
-    def _explained(self, model: str, launch_id: str) -> dict[str, Any]:
-        view = self._loop.view
-        assert view is not None
-        pool = view.plan.pools[launch_id]
-        shown = self._pool(launch_id, view.snapshot.engines.get(launch_id)) or {}
-        more = {"target_bytes": pool.target_bytes, "demand_bytes": pool.demand_bytes, "charge_bytes": pool.charge_bytes}
-        return {"model": model, "launch_id": launch_id, **shown, **more, "weight": pool.weight, "change": explain.change(pool)}
-
-    def _pool(self, launch_id: str, seen: EngineSeen | None) -> dict[str, Any] | None:
-        view = self._loop.view
-        pool = view.plan.pools.get(launch_id) if view else None
-        if pool is None or seen is None or seen.segment is None:
-            return None
-        return {
-            "limit_bytes": pool.limit_bytes,
-            "used_bytes": seen.segment.used_bytes,
-            "prealloc_bytes": seen.segment.prealloc_bytes,
-            "floor_bytes": pool.floor_bytes,
-            "ceiling_bytes": pool.ceiling_bytes,
-            "bundle_bytes": pool.bundle_bytes,
-            "status": pool.status,
-            "reason": pool.reason,
-        }
-
-
-async def _json_object(request: Request, else_said: str) -> dict[str, Any]:
+async def _json_object(request: Request, else_said: str) -> Json:
     try:
         given = msgspec.json.decode(await request.body())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -369,68 +276,3 @@ async def _json_object(request: Request, else_said: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise BadRequest(else_said)
     return given
-
-
-def _footprint(known: Known) -> dict[str, Any]:
-    footprint = known.footprint
-    return {
-        "source": footprint.source,
-        "total_bytes": footprint.start_bytes,
-        "parts": dict(footprint.parts),
-        "start_s": footprint.start_s,
-    }
-
-
-def _event(event: Event) -> dict[str, Any]:
-    return {"at": event.at, "kind": event.kind, "reason": event.reason}
-
-
-def _events(events: list[Event]) -> list[dict[str, Any]]:
-    return [_event(event) for event in events]
-
-
-def _without_clocks(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a change worth telling: not the seconds that pass."""
-    engine = {k: v for k, v in model["engine"].items() if k not in ("up_s",)} if model["engine"] else None
-    failure = {k: v for k, v in model["failure"].items() if k != "retry_in_s"} if model["failure"] else None
-    return {k: v for k, v in model.items() if k not in ("since_s", "idle_s", "engine", "failure")} | {"engine": engine, "failure": failure}
-
-
-def _spec_problems(error: ValidationError) -> list[Problem]:
-    problems = []
-    for detail in error.errors():
-        field = ".".join(str(part) for part in detail["loc"] if "[" not in str(part)) or "spec"
-        message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "extra_forbidden":
-            message = f"unknown field; a spec has: {', '.join(ModelSpec.model_fields)}"
-        elif detail["type"] == "missing":
-            message = "is missing"
-        elif "error" not in detail.get("ctx", {}) and not isinstance(detail["input"], (dict, list)):
-            message = f"{detail['input']!r}: {message[0].lower()}{message[1:]}"
-        head = message.split(" ", 1)[0].rstrip(":")  # a check between fields names the one to mend first
-        if field == "spec" and head in ModelSpec.model_fields:
-            field, message = head, message.removeprefix(f"{head}: ")
-        problems.append(Problem(field, message))
-    return problems
-
-
-def _tail(path: Path, lines: int) -> tuple[bytes, int]:
-    """The last lines, and where the file ended. Reads backwards in blocks: logs may be large."""
-    with open(path, "rb") as file:
-        end = at = file.seek(0, os.SEEK_END)
-        found = b""
-        while at > 0 and found.count(b"\n") <= lines:
-            at = max(0, at - LOG_BLOCK)
-            file.seek(at)
-            found = file.read(end - at)
-    kept = found.splitlines(keepends=True)
-    return b"".join(kept[-lines:] if lines else []), end
-
-
-def _read_from(path: Path, at: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(at)
-            return file.read(LOG_BLOCK)
-    except FileNotFoundError:
-        return b""

@@ -2,10 +2,12 @@
 
     main.py      the group of verbs, and the one place where an error becomes an exit code
     change.py    verbs that change something: add-model, rm, start, stop
+    residency.py verbs that move models in and out of memory: load, unload, sleep, wake, drain, pin, unpin
+    plan.py      the verb that shows what a load would do
     limit.py     the verb that changes a model's KV bounds while it runs
     look.py      verbs that look: ls, ps, describe, explain, logs, status
     options.py   options that all verbs share, and the kinds of values they take
-    wait.py      follow a model to ready, stopped or removed; progress.py draws it meanwhile
+    wait.py      follow a model to where an order wants it; progress.py draws it meanwhile
     client.py    HTTP over a unix socket or TCP; target.py finds the daemon
     describe.py  the long page about one model; explain.py the one about GPU memory; tables.py the short ones
     screen.py    stdout and stderr

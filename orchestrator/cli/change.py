@@ -11,7 +11,6 @@ import click
 
 from orchestrator.cli import options, screen, wait
 from orchestrator.cli.exits import Json, hint
-from orchestrator.cli.tables import duration, gpus
 
 
 class AddModel(click.Command):
@@ -67,9 +66,21 @@ class AddModel(click.Command):
     help="Its share of the memory that nobody needs more. [default: 1]",
 )
 @click.option("--priority", type=int, metavar="N", help="-8 to 8: who gets memory first when it is short. [default: 0]")
-@click.option("--pinned", is_flag=True, help="Never stop it for being idle.")
+@click.option("--pinned", is_flag=True, help="Never stop it or put it to sleep for being idle, nor for another model.")
 @click.option("--preload", is_flag=True, help="Start it with the daemon, before the first request.")
+@click.option(
+    "--sleep-timeout",
+    metavar="D",
+    help="Put it to sleep after this long without a request, like 2m: it wakes in under a second; `never`. [default: 5m]",
+)
+@click.option(
+    "--sleep-level",
+    type=click.IntRange(0, 2),
+    metavar="L",
+    help="1: asleep, its weights are in host memory; 2: dropped and read again; 0: it never sleeps. [default: 1]",
+)
 @click.option("--idle-timeout", metavar="D", help="Stop it after this long without a request, like 10m; `never`. [default: 30m]")
+@click.option("--min-residency", metavar="D", help="It does not go for another model before it was ready so long. [default: 30s]")
 @click.option("--start-timeout", metavar="D", help="A start that takes longer has failed. [default: 10m]")
 @click.option(
     "--max-concurrency",
@@ -107,7 +118,7 @@ def add_model(ctx: click.Context, call: options.Call, /, no_start: bool, no_wait
     spec = spec_of(given, ctx.meta["engine_args"])
     name = spec["name"]
     asked_at = time.monotonic()
-    with wait.detachable(name, "ready", hint("rm", name)):
+    with wait.detachable([name], "ready", hint("rm", name)):
         client = call.client(timeout)
         model = client.send("POST", f"/models?start={'false' if no_start else 'true'}", spec)
         if not (no_start or no_wait):
@@ -117,7 +128,7 @@ def add_model(ctx: click.Context, call: options.Call, /, no_start: bool, no_wait
     elif no_wait:
         _done(call, model, f"{name} is registered and starts; {hint('describe', name)} to look")
     else:
-        _done(call, model, _ready(name, model, asked_at))
+        _done(call, model, wait.arrival(name, model, asked_at))
 
 
 def spec_of(given: dict[str, Any], engine_args: list[str]) -> Json:
@@ -135,8 +146,7 @@ def spec_of(given: dict[str, Any], engine_args: list[str]) -> Json:
         spec["aliases"] = list(spec["aliases"])
     if engine_args:
         spec["args"] = engine_args
-    if spec.get("idle_timeout") == "never":
-        spec["idle_timeout"] = None
+    spec |= dict.fromkeys((each for each in ("sleep_timeout", "idle_timeout") if spec.get(each) == "never"), None)
     # The daemon has another working directory and home. `org/name` stays a Hub id even where such a folder exists.
     if spec["source"].startswith(("./", "../", "~")) or spec["source"] in (".", ".."):
         spec["source"] = os.path.abspath(os.path.expanduser(spec["source"]))
@@ -173,7 +183,7 @@ def rm(call: options.Call, name: str, no_wait: bool, timeout: float | None) -> N
 def start(call: options.Call, name: str, no_wait: bool, timeout: float | None) -> None:
     """Start a model, or wake it, and wait until it is ready.
 
-    Also lifts the hold that `stop` put on it, and tries a failed model again at once.
+    As `load`, and lifts the hold that `stop` put on it. Tries a failed model again at once.
 
     \b
     Examples:
@@ -182,7 +192,7 @@ def start(call: options.Call, name: str, no_wait: bool, timeout: float | None) -
     """
     asked_at = time.monotonic()
     model = _order(call, "POST", name, "/start", "ready", no_wait, timeout, undo=hint("stop", name))
-    _done(call, model, f"{name} starts; {hint('describe', name)} to look" if no_wait else _ready(name, model, asked_at))
+    _done(call, model, f"{name} starts; {hint('describe', name)} to look" if no_wait else wait.arrival(name, model, asked_at))
 
 
 @click.command()
@@ -194,7 +204,8 @@ def start(call: options.Call, name: str, no_wait: bool, timeout: float | None) -
 def stop(call: options.Call, name: str, no_wait: bool, timeout: float | None) -> None:
     """Stop a model, keep it registered.
 
-    Waits until its engine is gone. The model is held: requests do not start it again until `start` does.
+    Waits until its engine is gone; requests that run have the daemon's drain time. The model is held: requests do not
+    start it again until `start` does. To free memory only until the next request: `sleep`, `unload` or `drain`.
 
     \b
     Examples:
@@ -216,18 +227,12 @@ def _order(
     undo: str | None,
 ) -> Json:
     asked_at = time.monotonic()
-    with wait.detachable(name, goal, undo):
+    with wait.detachable([name], goal, undo):
         client = call.client(timeout)
         from orchestrator.cli.client import model_path
 
         model = client.send(method, model_path(name, verb))
         return model if no_wait else wait.follow(client, name, goal, asked_at)
-
-
-def _ready(name: str, model: Json, asked_at: float) -> str:
-    on = gpus(model.get("engine"))
-    where = "" if on == "-" else f" on GPU {on}"
-    return f"{name} is {model['state']}{where} after {duration(time.monotonic() - asked_at)}"
 
 
 def _done(call: options.Call, model: Json, sentence: str) -> None:

@@ -32,6 +32,7 @@ START = "start it (`make run`, `systemctl start orchestrator`), or name another 
 ANSWER_S = 30.0  # an admin call only records a wish; a daemon that needs longer is stuck
 
 BY_STATUS = {400: CONFIG, 401: DENIED, 403: DENIED, 404: NOT_FOUND, 409: FAILED, 422: CONFIG, 429: BUSY, 503: BUSY}
+BY_CODE = {"not_running": NOT_RUNNING, "busy": BUSY}  # what says more than the status
 
 
 def model_path(name: str, verb: str = "") -> str:
@@ -229,7 +230,7 @@ def _refusal(status: int, data: bytes, retry_after: str | None, target: Target) 
         return CliError(f"{target.shown} answered HTTP {status}", BY_STATUS.get(status, FAILED), code=f"http_{status}")
     if code == "route_not_found":
         return _stranger("knows no such call", target)
-    exit_code = NOT_RUNNING if code == "not_running" else BY_STATUS.get(status, FAILED)
+    exit_code = BY_CODE.get(str(code), BY_STATUS.get(status, FAILED))
     problems = [each for each in error.get("errors") or [] if isinstance(each, dict)]
     lines = [f"  {each.get('field') or 'spec'}: {each.get('message')}" for each in problems]
     if len(problems) > 0:

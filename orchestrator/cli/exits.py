@@ -32,7 +32,7 @@ MEANINGS = {
     NOT_FOUND: "no such model",
     DENIED: "no permission on the socket, or no valid admin key",
     UNREACHABLE: "no daemon answers",
-    BUSY: "busy or over capacity: try again later",
+    BUSY: "busy, or no room now: try again later",
     CONFIG: "the daemon refused the spec",
     TIMED_OUT: "--timeout passed; the daemon goes on",
     INTERRUPTED: "Ctrl-C; the daemon goes on",
@@ -55,6 +55,6 @@ class DeadlinePassed(Exception):
     """The --timeout of this call is over. The verb that set it says what goes on without us."""
 
 
-def hint(verb: str, name: str) -> str:
+def hint(verb: str, *names: str) -> str:
     """A command that can be copied as it stands."""
-    return f"`orchestratorctl {verb} {shlex.quote(name)}`"
+    return f"`{' '.join(['orchestratorctl', verb, *map(shlex.quote, names)])}`"

@@ -40,10 +40,11 @@ def ls(call: options.Call) -> None:
 @options.shared
 @click.pass_obj
 def ps(call: options.Call) -> None:
-    """List the models that have an engine now.
+    """List the models that have an engine now, also those that sleep.
 
-    VRAM is all GPU memory of the engine. LIMIT-STATUS: `applied`; `draining`, where the engine still holds more than
-    a lowered limit and gives it back as requests finish; `unverified`. UP counts from the engine's launch.
+    VRAM is all GPU memory of the engine; asleep it keeps a little. LIMIT-STATUS: `applied`; `draining`, where the engine
+    still holds more than a lowered limit and gives it back as requests finish; `unverified`. UP counts from the engine's
+    launch.
 
     \b
     Examples:
@@ -64,8 +65,8 @@ def ps(call: options.Call) -> None:
 def describe(call: options.Call, name: str) -> None:
     """Show everything about one model.
 
-    State and reason, the last failure with the engine's log lines, engine, KV pool, memory footprint by part, the
-    spec, and the events with the reason of each decision. Values of variables that look like secrets are hidden (not
+    State and reason, the last failure with the engine's log lines, engine, KV pool, memory footprint by part and asleep,
+    the spec, and the events with the reason of each decision. Values of variables that look like secrets are hidden (not
     under --json).
 
     \b
@@ -208,9 +209,9 @@ def logs(ctx: click.Context, call: options.Call, name: str, follow: bool, tail: 
 def status(call: options.Call) -> None:
     """Show the daemon, its GPUs and what they hold.
 
-    Also how many models are in which state. Per GPU: OURS (engines: weights, graphs, KV) and FOREIGN (other processes)
-    make up USED; CLAIMS is promised to models that start and not yet visible; RESERVE is never given out; KV-POOL is
-    what all KV together may take, KV-LIMIT what is given out.
+    Also how many models are in which state, and the host memory of those that sleep. Per GPU: OURS (engines: weights,
+    graphs, KV) and FOREIGN (other processes) make up USED; CLAIMS is promised to models that start or wake and not yet
+    visible; RESERVE is never given out; KV-POOL is what all KV together may take, KV-LIMIT what is given out.
 
     \b
     Examples:

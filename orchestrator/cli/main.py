@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import change, limit, look, options, screen
+from orchestrator.cli import change, limit, look, options, plan, residency, screen
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -141,6 +141,14 @@ for verb in (
     change.rm,
     change.start,
     change.stop,
+    residency.load,
+    residency.unload,
+    residency.sleep,
+    residency.wake,
+    residency.drain,
+    residency.pin,
+    residency.unpin,
+    plan.plan,
     limit.limit,
     look.ls,
     look.ps,

@@ -156,6 +156,10 @@ def name_argument(verb: Verb) -> Verb:
     return click.argument("name", shell_complete=model_names)(verb)
 
 
+def names_argument(verb: Verb) -> Verb:
+    return click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=model_names)(verb)
+
+
 def timeout_option(verb: Verb) -> Verb:
     return click.option(
         "--timeout", type=seconds, metavar="S",

@@ -29,7 +29,7 @@ def display() -> Display:
 def step(model: Json) -> str:
     """What the model is at: `starting: loading weights (2/5)`, `waiting: needs 12.1GiB, 3.0GiB are free`."""
     state, engine = str(model.get("state")), model.get("engine") or {}
-    phase = phase_text(engine) if state in ("starting", "waking") else ""
+    phase = phase_text(engine) if state == "starting" else ""
     detail = phase or bare(model.get("reason") or "")
     return f"{state}: {detail}" if detail else state
 
@@ -65,7 +65,7 @@ class Bar:
         engine = model.get("engine") or {}
         count = engine.get("phase_count") or 0
         filling = model.get("state") == "starting" and count > 0
-        if model.get("state") == "waiting":
+        if model.get("state") in ("waiting", "asleep"):
             self._explain(step(model))
         expected = engine.get("expected_start_s")
         self._bar.update(

@@ -43,6 +43,11 @@ def duration(value: float | None) -> str:
     return f"{seconds // 86400}d{seconds // 3600 % 24:02d}h"
 
 
+def seconds(value: float | None) -> str:
+    """0.3s, 4.5s, then as duration(): for what may take less than one."""
+    return duration(value) if value is None or value >= 9.95 else f"{round(max(0.0, value), 2):.2g}s"
+
+
 def state(value: str, padded: str | None = None) -> str:
     return click.style(padded or value, fg=COLOURS.get(value))
 

@@ -1,35 +1,44 @@
-"""Follow a model until it is ready, stopped or removed. The daemon does the work; leaving early changes nothing there.
+"""Follow a model until it is where an order wants it. The daemon does the work; leaving early changes nothing there.
 
 A state seen first may be older than our order (a `start` of a failed model still shows `failed` until the daemon's next
-round): a failure counts when it is younger than the order, or when nothing follows it for STALE_S.
+round): a failure counts when it is younger than the order, and what our order should have ended when nothing follows it for
+STALE_S. Requests may undo an order to sleep or to unload: that is said, never waited out.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from orchestrator.cli import describe, progress
-from orchestrator.cli.exits import FAILED, INTERRUPTED, NOT_FOUND, TIMED_OUT, CliError, DeadlinePassed, Json, hint
-from orchestrator.cli.tables import duration
+from orchestrator.cli.exits import BUSY, FAILED, INTERRUPTED, NOT_FOUND, TIMED_OUT, CliError, DeadlinePassed, Json, hint
+from orchestrator.cli.tables import duration, gpus, seconds
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
 
-Goal = Literal["ready", "stopped", "removed"]
-Verdict = Literal["go on", "reached", "failed", "stale failure", "undone"]
+Goal = Literal["ready", "asleep", "unloaded", "stopped", "removed"]
+Verdict = Literal["go on", "reached", "failed", "stale", "undone"]
 
 STALE_S = 5.0  # twenty rounds of the daemon's loop
 ROUNDING_S = 0.1  # since_s may have been rounded up
 UNDER_WAY = frozenset({"waiting", "starting", "waking"})
 ENDING = frozenset({"draining", "stopping"})
-DOING: dict[Goal, str] = {"ready": "starting", "stopped": "stopping", "removed": "being removed"}
+DOING: dict[Goal, str] = {
+    "ready": "starting",
+    "asleep": "going to sleep",
+    "unloaded": "being unloaded",
+    "stopped": "stopping",
+    "removed": "being removed",
+}
+FAILED_TO: dict[Goal, str] = {"ready": "start", "asleep": "sleep", "unloaded": "unload", "stopped": "stop", "removed": "stop"}
 
 
 @contextmanager
-def detachable(name: str, goal: Goal, undo: str | None) -> Iterator[None]:
+def detachable(names: Sequence[str], goal: Goal, undo: str | None) -> Iterator[None]:
     """Ctrl-C and --timeout end the waiting, not the work: says so, and how to look and to undo."""
-    advice = f"still {DOING[goal]}; {hint('describe', name)} to look" + (f", {undo} to undo" if undo else "")
+    look = hint("describe", names[0]) if len(names) == 1 else hint("ls")
+    advice = f"still {DOING[goal]}; {look} to look" + (f", {undo} to undo" if undo else "")
     try:
         yield
     except KeyboardInterrupt:
@@ -57,13 +66,14 @@ def follow(client: "Client", name: str, goal: Goal, asked_at: float) -> Json:
                 return model
             if found in ("failed", "undone"):
                 break
-            state = model.get("state")
-            if state in UNDER_WAY or state in ENDING:  # else: rest, which our order is about to end
+            state = str(model.get("state"))
+            if state in UNDER_WAY or state in ENDING:
                 display.show(model)
-            if state in UNDER_WAY:
                 seen.add(state)
+            elif state == "asleep" and model.get("wanted") == "ready":  # its memory is missing, or its turn
+                display.show(model)
             try:
-                model = answer.object_line(wait_s=STALE_S if found == "stale failure" else None)
+                model = answer.object_line(wait_s=STALE_S if found == "stale" else None)
             except TimeoutError:
                 break
         if model is None:
@@ -73,40 +83,81 @@ def follow(client: "Client", name: str, goal: Goal, asked_at: float) -> Json:
 
 def verdict(model: Json, goal: Goal, seen: set[str], waited_s: float) -> Verdict:
     """What `model` means to one who ordered `goal` `waited_s` ago and has `seen` these states since."""
-    state = model.get("state")
-    if state == goal:
+    state = str(model.get("state"))
+    if state == ("stopped" if goal == "unloaded" else goal):
         return "reached"
     if state == "removed":
         return "undone"
     if goal == "ready":
-        if state == "asleep" and seen & {"starting", "waking"}:
-            return "reached"  # it was ready and was put to sleep since: changes close together may show as one
-        if state == "stopped" and seen:
-            return "undone"
-        if state in ("failed", "backoff"):
-            fresh = seen or model.get("since_s", 0.0) <= waited_s + ROUNDING_S
-            return "failed" if fresh else "stale failure"
-    if goal == "stopped" and state in ("failed", "backoff"):
-        return "stale failure"
+        return _coming(model, state, seen & UNDER_WAY, waited_s)
+    if goal in ("asleep", "unloaded"):
+        return _going(model, state, goal, seen, waited_s)
+    return "stale" if goal == "stopped" and state in ("failed", "backoff") else "go on"
+
+
+def _coming(model: Json, state: str, seen: set[str], waited_s: float) -> Verdict:
+    if state == "asleep" and seen & {"starting", "waking"}:
+        return "reached"  # it was ready and was put to sleep since: changes close together may show as one
+    if state in ("asleep", "stopped") and model.get("wanted", "ready") != "ready":
+        return "undone"  # another order came, or it was ready and went for another model before we looked
+    if state == "stopped" and seen:
+        return "undone"
+    if state in ("failed", "backoff"):
+        return "failed" if seen or _fresh(model, waited_s) else "stale"
     return "go on"
+
+
+def _going(model: Json, state: str, goal: Goal, seen: set[str], waited_s: float) -> Verdict:
+    if state in ENDING or (goal == "asleep" and state == "waking"):
+        return "go on"
+    if goal == "unloaded" and "stopping" in seen and state in UNDER_WAY:
+        return "reached"  # and requests that came meanwhile have it loaded again
+    if goal == "unloaded" and state == "failed":
+        return "reached"  # it has no engine
+    if state in ("failed", "backoff"):
+        return "failed" if seen & ENDING or _fresh(model, waited_s) else "stale"
+    if state == "stopped" or seen & ENDING or min(waited_s, _since_s(model)) > STALE_S:
+        return "undone"
+    return "stale"
+
+
+def _fresh(model: Json, waited_s: float) -> bool:
+    return _since_s(model) <= waited_s + ROUNDING_S
+
+
+def _since_s(model: Json) -> float:
+    return float(model.get("since_s", 0.0))
+
+
+def arrival(name: str, model: Json, asked_at: float) -> str:
+    """`qwen is ready on GPU 0 after 0.4s`."""
+    on = gpus(model.get("engine"))
+    where = "" if on == "-" else f" on GPU {on}"
+    return f"{name} is {model['state']}{where} after {seconds(time.monotonic() - asked_at)}"
 
 
 def _failure(name: str, goal: Goal, model: Json) -> CliError:
     state = str(model.get("state"))
     if state == "removed":
         return CliError(f"{name} was removed while it was {DOING[goal]}", FAILED, code="removed", body={"model": model})
+    reason = describe.bare(model.get("reason") or "no reason given")
     if state == "stopped":
-        reason = describe.bare(model.get("reason") or "no reason given")
-        return CliError(f"{name} was stopped before it was ready: {reason}", FAILED, code="stopped", body={"model": model})
+        before = "it slept" if goal == "asleep" else "it was ready"
+        return CliError(f"{name} was stopped before {before}: {reason}", FAILED, code="stopped", body={"model": model})
+    if goal == "ready" and state == "asleep":
+        return CliError(f"{name} is asleep: {reason}", FAILED, code="asleep", body={"model": model})
+    if state not in ("failed", "backoff"):
+        lines = [f"it is in use: {hint('drain', name)} lets its requests end, then frees its memory"]
+        return CliError(f"{name} is {state}, not {goal}: {reason}", BUSY, code="busy", lines=lines, body={"model": model})
     failure: Json = model.get("failure") or {}
     reason = describe.bare(failure.get("reason") or model.get("reason") or "no reason given")
     log = describe.failure_lines(failure)
     retry = failure.get("retry_in_s")
     again = f", tries again in {duration(retry)}" if retry is not None else ""
     return CliError(
-        f"{name} failed to {'start' if goal == 'ready' else 'stop'}: {reason}",
+        f"{name} failed to {FAILED_TO[goal]}: {reason}",
         FAILED,
-        code=f"{'start' if goal == 'ready' else 'stop'}_failed",
+        code=f"{FAILED_TO[goal]}_failed",
         lines=[
             *(["the engine's last log lines:", *log] if log else []),
             f"{name} stays registered (state {state}{again}): {hint('logs', name)} for more, {hint('rm', name)} to remove it",

@@ -53,8 +53,14 @@ def test_add_model_sends_every_option(daemon: StubDaemon, ctl: Ctl) -> None:
         "-2",
         "--pinned",
         "--preload",
+        "--sleep-timeout",
+        "2m",
+        "--sleep-level",
+        "2",
         "--idle-timeout",
         "10m",
+        "--min-residency",
+        "1m",
         "--start-timeout",
         "5m",
         "--max-concurrency",
@@ -83,7 +89,10 @@ def test_add_model_sends_every_option(daemon: StubDaemon, ctl: Ctl) -> None:
         "priority": -2,
         "pinned": True,
         "preload": True,
+        "sleep_timeout": "2m",
+        "sleep_level": 2,
         "idle_timeout": "10m",
+        "min_residency": "1m",
         "start_timeout": "5m",
         "max_concurrency": 8,
         "max_queue": 0,
@@ -93,12 +102,15 @@ def test_add_model_sends_every_option(daemon: StubDaemon, ctl: Ctl) -> None:
 
 
 def test_zero_auto_and_never_are_values(daemon: StubDaemon, ctl: Ctl) -> None:
-    ctl("add-model", "m", SOURCE, "--gpu", "auto", "--priority", "0", "--idle-timeout", "never", "--no-wait")
+    never = ("--idle-timeout", "never", "--sleep-timeout", "never")
+    ctl("add-model", "m", SOURCE, "--gpu", "auto", "--priority", "0", *never, "--sleep-level", "0", "--no-wait")
     assert daemon.sent("POST").body == {
         "name": "m",
         "source": SOURCE,
         "gpus": "auto",
         "priority": 0,
+        "sleep_level": 0,
+        "sleep_timeout": None,
         "idle_timeout": None,
     }
 
@@ -125,6 +137,7 @@ def test_a_relative_path_means_here(
         ["m", SOURCE, "--gpu", "auto", "--gpu", "0"],
         ["m", SOURCE, "--tp", "0"],
         ["m", SOURCE, "--kv-weight", "nan"],
+        ["m", SOURCE, "--sleep-level", "3"],
         ["m", SOURCE, "--timeout", "soon"],
     ],
 )

@@ -15,7 +15,8 @@ from .conftest import Ctl
 from .running import DEADLINE_S, environment, run
 from .stub_daemon import StubDaemon, model
 
-VERBS = ("add-model", "rm", "start", "stop", "limit", "ls", "ps", "describe", "explain", "logs", "status")
+RESIDENCY = ("load", "unload", "sleep", "wake", "drain", "pin", "unpin", "plan")
+VERBS = ("add-model", "rm", "start", "stop", *RESIDENCY, "limit", "ls", "ps", "describe", "explain", "logs", "status")
 
 
 def test_the_verbs() -> None:
@@ -30,6 +31,12 @@ def test_each_verb_teaches(ctl: Ctl, verb: str) -> None:
     assert examples or verb == "ps"
     for option in ("--json", "--host", "--admin-key"):
         assert option in said.stdout
+
+
+@pytest.mark.parametrize("verb", ["unload", "sleep", "drain"])
+def test_the_ways_down_are_told_apart_where_one_is_chosen(ctl: Ctl, verb: str) -> None:
+    ways = ctl(verb, "--help").stdout.partition("Which way down:")[2].splitlines()
+    assert [line.split()[0] for line in ways if line.strip()] == ["sleep", "unload", "drain", "stop"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -100,6 +107,7 @@ def test_completion_of_names(daemon: StubDaemon, sock: str, monkeypatch: pytest.
     monkeypatch.setenv("ORCH_HOST", sock)
     daemon.models = [model("qwen"), model("llama"), model("quiet")]
     assert complete(["describe"], "q") == ["qwen", "quiet"]
+    assert complete(["sleep", "llama"], "q") == ["qwen", "quiet"]
 
 
 def test_completion_without_a_daemon_is_silent(sock: str) -> None:

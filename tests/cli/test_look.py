@@ -184,6 +184,31 @@ def test_status_shows_daemon_gpus_and_counts(daemon: StubDaemon, ctl: Ctl) -> No
     assert json.loads(ctl("status", "--json").stdout) == seen
 
 
+def test_status_has_a_line_for_each_launch_server(daemon: StubDaemon, ctl: Ctl) -> None:
+    ready = {
+        "state": "ready", "reason": None, "pid": 77, "rss_bytes": GIB, "pss_bytes": GIB // 2, "import_s": 15.2, "threads": 1,
+        "versions": {"vllm": "0.24.0", "kvcached": "0.1.6"}, "forks": 4,
+    }  # fmt: skip
+    nothing: dict[str, object] = {
+        "pid": None,
+        "rss_bytes": None,
+        "pss_bytes": None,
+        "import_s": None,
+        "threads": None,
+        "versions": {},
+        "forks": 0,
+    }
+    failed = {**nothing, "state": "failed", "reason": "ImportError: no module named \x1b[31mvllm\x1b[0m"}
+    servers = {"default": ready, "new": failed, "off": {**nothing, "state": "off", "reason": None}}
+    daemon.replies["GET", "/status"] = Reply(200, status(launch_servers=servers))
+    lines = [line.removeprefix("Launch servers").strip() for line in ctl("status").stdout.splitlines()]
+    assert "default: ready, pid 77, 1.0GiB (512MiB its share), vllm 0.24.0, kvcached 0.1.6, imported in 15s, 4 engines forked" in lines
+    assert "new: failed, ImportError: no module named vllm" in lines
+    assert "off: off" in lines
+    daemon.replies["GET", "/status"] = Reply(200, status())
+    assert "Launch servers" not in ctl("status").stdout
+
+
 def test_follow_ends_when_the_engine_does(daemon: StubDaemon, ctl: Ctl) -> None:
     daemon.logs["m"] = ["last words\n"]
     said = ctl("logs", "-f", "m", "--tail", "0")

@@ -45,6 +45,15 @@ def test_duration(seconds: float | None, shown: str) -> None:
     assert tables.duration(seconds) == shown
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(None, "-"), (0, "0s"), (-1, "0s"), (0.03, "0.03s"), (0.333, "0.33s"), (0.5, "0.5s"), (1.0, "1s"), (4.26, "4.3s"), (9.96, "9s"),
+     (12.3, "12s"), (312, "5m12s")],
+)  # fmt: skip
+def test_seconds_of_what_may_take_less_than_one(seconds: float | None, shown: str) -> None:
+    assert tables.seconds(seconds) == shown
+
+
 def test_a_wide_table_shortens_one_column_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [["m", "/very/long/path/to/the/models/of/all/Qwen2.5-7B", "x"]]
     assert "/very/long" in tables.table(("NAME", "SOURCE", "END"), rows, elastic="SOURCE")

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from .running import COMMAND, DEADLINE_S, Terminal, environment, run
-from .stub_daemon import HANG, StubDaemon, engine, failure, model
+from .stub_daemon import HANG, Reply, StubDaemon, engine, failure, model
 
 SOURCE = "org/model"
 STARTING = model(state="starting", engine=engine("loading weights", 1))
@@ -22,6 +22,16 @@ def test_a_bar_is_drawn_on_a_terminal(daemon: StubDaemon, sock: str) -> None:
     assert "qwen is ready on GPU 0 after" in terminal.text
     assert "\x1b[?25l" in terminal.raw  # a live bar hides the cursor
     assert terminal.raw.rindex("\x1b[?25h") > terminal.raw.rindex("\x1b[?25l")
+
+
+def test_a_wake_that_waits_says_what_for(daemon: StubDaemon, sock: str) -> None:
+    reason = "12.0GiB are missing: night came less than 30s ago"
+    daemon.models = [model(state="asleep")]
+    daemon.watches["qwen"] = [model(state="asleep", reason=reason, wanted="ready"), model(state="waking", wanted="ready"), model()]
+    with Terminal("wake", "qwen", env=environment(ORCH_HOST=sock)) as terminal:
+        assert terminal.end() == 0
+    assert f"asleep: {reason}" in " ".join(terminal.text.split())
+    assert "qwen is ready on GPU 0 after" in terminal.text
 
 
 def test_the_bar_shows_the_phase(daemon: StubDaemon, sock: str) -> None:
@@ -166,6 +176,7 @@ def test_a_narrow_terminal_shortens_the_source(daemon: StubDaemon, sock: str) ->
         (["add-model", "bad", SOURCE], 1),
         (["ls", "--no-such"], 2),
         (["logs", "idle"], 3),
+        (["plan", "load", "idle"], 75),
         (["describe", "none"], 4),
         (["ls", "--host", "/nonexistent/sock"], 69),
         (["start", "slow", "--timeout", "0.1"], 124),
@@ -176,6 +187,7 @@ def test_a_narrow_terminal_shortens_the_source(daemon: StubDaemon, sock: str) ->
 def test_exit_codes_of_the_process(daemon: StubDaemon, sock: str, words: list[str], exit_code: int) -> None:
     daemon.models = [model("idle", "stopped"), model("slow")]
     daemon.logs["idle"] = []
+    daemon.replies["GET", "/models/idle/plan"] = Reply(200, {"model": "idle", "fits": "later", "why": "b is pinned"})
     daemon.watches = {"bad": [model("bad", "failed", failure=failure())], "slow": [model("slow", "starting"), HANG]}
     done = run(*words, env=environment(ORCH_HOST=sock))
     assert done.returncode == exit_code, done.stderr
