@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ class Box:
         self.socket = self.folder / "run/admin.sock"
         self._log = open(self.log or self.folder / "daemon.log", "wb")
         self._samples: list[Sample] = []
+        self._paused = False
         self._stop = threading.Event()
         environ = {
             **os.environ,
@@ -161,7 +162,18 @@ class Box:
         self._log.flush()
         raise RuntimeError(f"the daemon did not come up:\n{Path(self._log.name).read_text()[-4000:]}")
 
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Not sampled meanwhile: where the daemon's own speed is what is measured."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_S):
+            if self._paused:
+                continue
             with contextlib.suppress(CliError, KeyError, json.JSONDecodeError):
                 self._samples.append(Sample(self.now_s(), self.status(), self.models()))

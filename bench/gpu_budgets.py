@@ -57,7 +57,7 @@ PARTS: dict[str, tuple[Callable[[Scene, float], Part], float]] = {  # and how lo
     "idle": (idle, 70.0),
     "grabs": (grabs.run, 150.0),
     "wedge": (wedge.run, 70.0),
-    "throughput": (throughput.run, 130.0),
+    "throughput": (throughput.run, 230.0),
 }
 
 
@@ -88,6 +88,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--base-gib", type=float, default=0.0, help="held by the foreign process all the time, so that the card is small")
     parser.add_argument("--clients", type=int, default=24, help="for each model, while others grab memory")
     parser.add_argument("--scale", type=float, default=1.0, help="of those clients' prompts and answers")
+    parser.add_argument(
+        "--throughput-model",
+        nargs=2,
+        metavar=("NAME", "FOLDER"),
+        help="for the throughput part, with CUDA graphs; default: the first, eager",
+    )
     parser.add_argument("--requests", type=int, default=512, help="of one round of the throughput part")
     parser.add_argument("--together", type=int, default=64, help="of these at once")
     parser.add_argument("--wedge-tokens", type=int, default=24000, help="prompt of the request that must wait: more than two bundles hold")
@@ -113,7 +119,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     for name, folder in list(models.items()):  # three engines at least: the first shape again under another name
         if len(models) < 3:
             models[f"{name}-again"] = folder
-    args = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", LENGTH]
+    args = ["--load-format", "dummy", "--max-model-len", LENGTH]
     whole = Part(notes={"parts": {}, "models": models, "simulated": options.simulated})
     with Box(_settings(options, args), log=options.out / "gpu-budgets.daemon.log") as box:
         scene = Scene(box, options, models, args)

@@ -1,6 +1,8 @@
 """The same work through the daemon (proxy, kvcached, limits) and on a plain vLLM beside it, in turns: tokens a second, ours / plain.
 
-Both run the same model with the same vLLM arguments in the same venv; the plain one has its KV from the start, as vLLM does.
+Both run the same model with the same vLLM arguments in the same venv; the plain one has its KV from the start, as vLLM does. Where a
+model is named for this part it runs with CUDA graphs, as people run it: an eager engine is bound by its own Python, and rounds of it
+differ by a tenth.
 """
 
 import asyncio
@@ -10,7 +12,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import httpx2
 from openai import AsyncOpenAI
 
-from bench.scene import Part, Scene
+from bench.scene import EAGER, Part, Scene
 from bench.workloads import at_most, client, engine_client
 from orchestrator.drivers.vllm import INHERITED
 
@@ -31,9 +33,20 @@ ROUNDS = 8  # of each, in turns: single rounds differ by a tenth
 
 
 def run(scene: Scene, budget_s: float) -> Part:
-    name = next(iter(scene.models))
-    scene.up([name])
-    part = Part(notes={"requests": scene.options.requests, "together": scene.options.together, "prompt": PROMPT, "tokens": TOKENS})
+    chosen = scene.options.throughput_model
+    name, folder = chosen or next(iter(scene.models.items()))
+    own = () if chosen else EAGER
+    scene.up([name], {name: folder}, own)
+    part = Part(
+        notes={
+            "throughput_model": name,
+            "eager": not chosen,
+            "requests": scene.options.requests,
+            "together": scene.options.together,
+            "prompt": PROMPT,
+            "tokens": TOKENS,
+        }
+    )
     deadline = time.monotonic() + budget_s
     with contextlib.ExitStack() as held:
         socket = None
@@ -41,7 +54,8 @@ def run(scene: Scene, budget_s: float) -> Part:
             part.notes["plain"] = "skipped: there is no plain vLLM on simulated GPUs"
         else:
             scene.say("plain vLLM starts")
-            socket = held.enter_context(_plain(scene, name, min(PLAIN_START_S, budget_s - 40)))
+            socket = held.enter_context(_plain(scene, name, folder, own, min(PLAIN_START_S, budget_s - 40)))
+        held.enter_context(scene.box.unwatched())
         rounds = asyncio.run(asyncio.wait_for(_in_turns(scene, name, socket, deadline), deadline + OVER_S - time.monotonic()))
     part.notes["rounds"] = rounds
     for arm in ("ours", "direct", "plain"):
@@ -98,12 +112,12 @@ async def _measured(api: AsyncOpenAI, arm: str, name: str, scene: Scene, number:
 
 
 @contextmanager
-def _plain(scene: Scene, name: str, start_s: float) -> Iterator[Path]:
+def _plain(scene: Scene, name: str, folder: str, own: Sequence[str], start_s: float) -> Iterator[Path]:
     """A vLLM without kvcached; every process of its session is gone afterwards."""
     python: Path = scene.options.engine_python
     socket = scene.box.folder / "plain.sock"
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", scene.models[name], "--served-model-name", name]
-    command += ["--uds", str(socket), "--gpu-memory-utilization", UTILIZATION, *scene.args]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name]
+    command += ["--uds", str(socket), "--gpu-memory-utilization", UTILIZATION, *scene.args, *own]
     env = {key: value for key, value in os.environ.items() if INHERITED.fullmatch(key)}
     env["PATH"] = f"{python.parent}:{env.get('PATH', '/usr/bin:/bin')}"
     env |= scene.options.engine_env | {

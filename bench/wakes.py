@@ -1,0 +1,71 @@
+"""A request for a model that sleeps: how long until its first token, against a cold start of the same large model by exec.
+
+And what sleep gives back: on the GPU by NVML, and what it takes of the host's memory.
+"""
+
+import statistics
+import time
+
+from bench.rig import Rig, available_bytes, first_token, mib, register, tell, wait_s
+from bench.scene import Part, Scene, wait
+
+ROUNDS = 6  # of sleep and wake; the first sleep pins host memory: 11 to 20 s for 15 GB (H200)
+EXEC_S = 65.0  # kept for the start by exec
+ANSWER_S = 170.0
+SHOWN_S = 5.0  # until NVML shows what was given back
+
+
+def run(rig: Rig, budget_s: float, part: Part) -> None:
+    deadline = time.monotonic() + budget_s
+    scene = rig.scene(True)
+    _asleep_and_back(rig, scene, part, deadline - EXEC_S)
+    executing = rig.scene(False)
+    register(executing, rig.large, rig.models[rig.large])
+    executed = wait_s(first_token(executing, rig.large, ANSWER_S))
+    rig.say(f"{rig.large} executed: request to first token {executed:.2f}s")
+    part.figures |= {"cold_exec_7b_s": executed, "wake_speedup": executed / part.figures["wake_7b_s"]}
+    rig.close(False)  # with its engine: nothing measured later has company
+
+
+def _asleep_and_back(rig: Rig, scene: Scene, part: Part, deadline: float) -> None:
+    name, before = rig.large, scene.used_bytes()
+    register(scene, name, rig.models[name])
+    cold = first_token(scene, name, ANSWER_S)
+    awake, host = scene.used_bytes(), available_bytes()
+    rig.say(f"{name} forked: request to first token {wait_s(cold):.2f}s")
+    sleeps = [tell(scene, name, "sleep", "asleep")]
+    wait(lambda: scene.used_bytes() < (awake + before) / 2, SHOWN_S)
+    asleep, host_asleep = scene.settled(SHOWN_S, 1.0), available_bytes()
+    rig.say(f"{name} asleep after {sleeps[0]:.2f}s: {mib(awake - before):.0f} MiB on the GPU became {mib(asleep - before):.0f}")
+    described = scene.box.models()[name]
+    wakes: list[float] = []
+    texts = {cold.text}
+    while len(wakes) < ROUNDS:
+        woken = first_token(scene, name, ANSWER_S)
+        wakes.append(wait_s(woken))
+        texts.add(woken.text)
+        rig.say(f"{name} asleep: request to first token {wakes[-1]:.2f}s")
+        if time.monotonic() > deadline:
+            break
+        sleeps.append(tell(scene, name, "sleep", "asleep"))
+    tell(scene, name, "unload", "stopped")
+    gone = scene.settled(SHOWN_S, 1.0)
+    part.figures |= {
+        "cold_7b_s": wait_s(cold),
+        "wake_7b_s": statistics.median(wakes),
+        "wake_7b_most_s": max(wakes),
+        "wake_7b_runs": len(wakes),
+        "first_sleep_s": sleeps[0],
+        "sleep_s": statistics.median(sleeps[1:] or sleeps),
+        "awake_7b_mib": mib(awake - before),
+        "asleep_7b_mib": mib(asleep - before),
+        "unloaded_7b_mib": mib(gone - before),
+        "sleep_host_mib": mib(host - host_asleep),
+    }
+    said = described["footprint"].get("host_bytes") or (described["engine"] or {}).get("host_bytes")
+    if said:
+        part.figures["sleep_host_said_mib"] = mib(said)
+    part.notes |= {"wakes_s": wakes, "sleeps_s": sleeps, "asleep": described}
+    part.passed["sleep gave back most of its memory on the GPU"] = asleep - before < (awake - before) / 2
+    part.passed["the same words after each wake"] = len(texts) == 1
+    part.passed["an unloaded model leaves nothing on the GPU"] = gone - before <= 64 << 20
