@@ -22,6 +22,7 @@ from orchestrator.policy.snapshot import GpuReading, Snapshot, TrafficSeen
 from orchestrator.policy.units import GIB, show_bytes
 
 KV_HEADROOM = 0.02  # kvcached stops mapping when less of the card is free (we set KVCACHED_GPU_UTILIZATION=0.98)
+REQUEST_TOKENS = 1000  # of a usual request, where only their number is known
 START_S = 30.0  # where a model has not shown how long it takes
 
 
@@ -146,13 +147,19 @@ class Admission:
         if instance.state is State.ASLEEP:
             (gpus,) = waiter.places
             return (gpus if all(free.get(gpu, -1) >= waiter.need_bytes for gpu in gpus) else None), ""
-        rates = {gpu: sum(r.arrivals for r in self.residents if gpu in r.gpus) for gpu in room}
+        rates = {gpu: sum(self._rate(r) for r in self.residents if gpu in r.gpus and not r.asleep) for gpu in room}
         pressure = pressures(rates, room, waiter.need_bytes) if any(rates.values()) else None
         placed = place(self.known[instance.model].spec, waiter.need_bytes, free, self.readable, pressure)
         return (placed.gpus, "") if isinstance(placed, Placed) else (None, placed.reason)
 
+    def _rate(self, resident: Resident) -> float:
+        """KV bytes a second that its requests take."""
+        model = self.known.get(resident.model)
+        return resident.arrivals * REQUEST_TOKENS * model.footprint.kv_token_bytes if model else 0.0
+
     def _reserve(self, waiter: Waiter, instance: Instance, gpus: tuple[str, ...]) -> None:
         now, need = self.snapshot.now, waiter.need_bytes
+        self.residents = Eviction(waiter.model, gpus, (), self.aging).after(self.residents)  # one that wakes is not sent away again
         free = {gpu: self.readable[gpu].free_bytes - reserve_bytes(self.readable[gpu], self.rules) - self.claimed(gpu) for gpu in gpus}
         self.taken.update(gpus)
         self.claims |= {(waiter.model, gpu): need for gpu in gpus}

@@ -70,13 +70,16 @@ def wanted(known: Known | None, traffic: TrafficSeen, instance: Instance, now: f
     used = traffic.last_used if traffic.last_used is not None else NEVER
     if known.rested_at > NEVER and known.rested_at >= max(known.started_at, used):
         return known.rest, "put to sleep by an operator" if known.rest is Want.ASLEEP else "unloaded by an operator"
-    if instance.yielded_at is not None and instance.state is not State.DRAINING and known.started_at <= instance.yielded_at:
-        return Want.ASLEEP if instance.state is State.ASLEEP else Want.NOTHING, instance.reason
+    gone = instance.yielded_at is not None and instance.state not in (State.DRAINING, State.ASLEEP)
+    if gone and known.started_at <= (instance.yielded_at or NEVER):
+        return Want.NOTHING, instance.reason
     by_hand = known.started_at > used
     asleep = instance.state is State.ASLEEP and known.started_at > instance.since
     if instance.state in (State.STARTING, State.WAKING) or asleep or (by_hand and instance.state in (State.WAITING, State.BACKOFF)):
         return Want.READY, "asked for"  # carried through: a start may take longer than idle_timeout, and who asked may have gone
     last = max(known.started_at, used, instance.since if instance.state is State.READY else NEVER)
+    if last == NEVER and instance.state is State.ASLEEP:
+        last = instance.since  # found so: who used it is not known any more
     if last == NEVER:
         return Want.NOTHING, "nobody has asked for it yet"
     if spec.pinned:
@@ -84,6 +87,8 @@ def wanted(known: Known | None, traffic: TrafficSeen, instance: Instance, now: f
     idle = now - last
     if spec.idle_timeout is not None and idle >= spec.idle_timeout:
         return Want.NOTHING, f"idle for {spec.idle_timeout:.0f}s"
+    if instance.state is State.ASLEEP:
+        return Want.ASLEEP, instance.reason  # it wakes when somebody asks for it
     if can_sleep(spec, instance) and spec.sleep_timeout is not None and idle >= spec.sleep_timeout:
         return Want.ASLEEP, f"idle for {spec.sleep_timeout:.0f}s"
     return Want.READY, "asked for" if by_hand else "used lately" if spec.idle_timeout is not None else "it has no idle timeout"

@@ -51,6 +51,7 @@ def test_the_command_line() -> None:
         "--served-model-name": ["a", "x", "y"],
         "--tensor-parallel-size": ["2"],
         "--kv-cache-memory-bytes": [str(3 * 2**30)],
+        "--enable-sleep-mode": [],
         "--enforce-eager": [],
         "--max-model-len": ["8k"],
     }
