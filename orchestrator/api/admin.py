@@ -247,7 +247,7 @@ class Admin:
         return self._model(name)
 
     def _refuse_busy(self, name: str, what: str) -> None:
-        requests = projections.traffic(name, self._loop.view)
+        requests = self._loop.requests(name)
         if count := requests.in_flight + requests.waiting:
             has = f"{name!r} has {count} request{'s' if count > 1 else ''}"
             raise Conflict(f"{has}: it can not {what} now; `orchestratorctl drain {name}` lets them end first.", param="name", code="busy")

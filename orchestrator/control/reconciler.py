@@ -25,7 +25,7 @@ from orchestrator.policy.instance import Instance, Launch, State
 from orchestrator.policy.lifecycle import NEVER, Known, Rules
 from orchestrator.policy.preview import Preview, preview
 from orchestrator.policy.resident import Aging
-from orchestrator.policy.snapshot import Snapshot
+from orchestrator.policy.snapshot import Snapshot, TrafficSeen
 from orchestrator.policy.stored import Event
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,10 @@ class Reconciler:
         self._report(before, plan)
         self._calm.decided(known, snapshot, plan)
         return plan
+
+    def requests(self, name: str) -> TrafficSeen:
+        """A model's requests now, not at the last look."""
+        return self._traffic.seen().get(name, TrafficSeen())
 
     def preview(self, name: str) -> Preview:
         """What loading a registered model would do now; nothing is done. Needs a look to have been made."""

@@ -85,7 +85,8 @@ class Admission:
         self._put_to_sleep()
         line = [(self._waiter(i), i) for i in self.instances.values() if self._waits(i)]
         for waiter, instance in sorted(line, key=lambda each: (each[0].turn, each[0].model)):
-            self._serve(waiter, instance)
+            if self.instances[instance.model] is instance:  # else it was sent away for one ahead of it
+                self._serve(waiter, instance)
         for victim in over_host_budget(self.residents, self.rules.host_budget_bytes, self.aging, self.snapshot.now):
             self._leave(victim)
 
@@ -229,6 +230,11 @@ class Admission:
             if instance.state is not State.DRAINING or instance.then is not Then.SLEEP or instance.sent_at is not None or launch is None:
                 continue
             if traffic.in_flight or not self.taken.isdisjoint(launch.gpus):
+                continue
+            resident = next((r for r in self.residents if r.launch_id == launch.id), None)
+            if resident is not None and resident.host_bytes > self.rules.host_budget_bytes:
+                reason = f"{instance.reason}; asleep it would take more host memory than sleepers may have"
+                self.instances[instance.model] = replace(instance, then=Then.STOP, reason=reason)
                 continue
             held = max((self.snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
             self.taken.update(launch.gpus)

@@ -12,6 +12,7 @@ FINAL = (
     "error: argument",
     "is not a valid model identifier",
     "does not exist",
+    "Invalid repository ID or local directory",
     "No such file or directory",
     "is not supported",
     "KVCachedConfigError",

@@ -103,6 +103,14 @@ async def test_sleep_comes_before_stop_and_the_host_has_a_budget() -> None:
         assert sum(w.engines[name].host_bytes for name in asleep) <= SHAPE.weights_bytes
 
 
+async def test_one_that_the_host_could_never_hold_is_stopped_instead() -> None:
+    async with world(spec("a", sleep_timeout=5), rules=Rules(host_budget_bytes=GIB // 2)) as w:
+        await served(w, "a")
+        await w.until("a", State.STOPPED)
+        assert "more host memory than sleepers may have" in w.instance("a").reason
+        assert "asleep" not in w.states("a")
+
+
 async def test_neither_pinned_nor_busy_nor_young_ones_go() -> None:
     gpus, specs = tight("a", "b", "c")
     specs[0] = spec("a", kv_floor="30GiB", pinned=True)

@@ -258,17 +258,17 @@ def test_two_models_that_are_never_idle_take_turns_on_one_card(fresh: Fresh, cli
     over = threading.Event()
     waits: list[float] = []
 
-    def ask(name: str) -> int:
+    def ask(name: str, tokens: int) -> int:
         count = 0
         while not over.is_set():
             began = time.monotonic()
-            assert answer(openai_client, name, tokens=20).startswith(name)
+            assert answer(openai_client, name, tokens).startswith(name)
             waits.append(time.monotonic() - began)
             count += 1
         return count
 
-    with ThreadPoolExecutor(6) as pool:  # three clients each: somebody always runs or waits
-        asking = [(name, pool.submit(ask, name)) for name in names for _ in range(3)]
+    with ThreadPoolExecutor(6) as pool:  # three clients each, out of step: somebody always runs or waits
+        asking = [(name, pool.submit(ask, name, tokens)) for name in names for tokens in (17, 29, 43)]
         try:
             eventually(lambda: all(kinds(daemon, name).count("ready") >= 2 for name in names), "both had two turns")
         finally:

@@ -388,3 +388,15 @@ def test_the_reserve_is_a_share_of_the_card_and_more_than_the_engines_own_headro
     assert reserve_bytes(card(0, 0), Rules()) == int(0.03 * 140 * GIB)
     small = replace(card(0, 0), total_bytes=24 * GIB)
     assert reserve_bytes(small, Rules()) == int(0.02 * 24 * GIB) + GIB // 2
+
+
+def test_a_sleeper_that_goes_for_one_ahead_of_it_is_not_served_in_the_same_look() -> None:
+    """It waits for memory too, but its turn comes later: it is stopped, and stays so."""
+    box = Box({"first": known("first", 20, 2), "sleeper": known("sleeper", 20, 2)}, [card(0, 24, {1: 2})])
+    box.runs("sleeper", 0.125, 0.125, state=S.ASLEEP, asleep=True, pids=frozenset({1}))
+    box.instances = {**box.instances, "first": Instance("first", S.WAITING, box.now - 400, "1 requests")}
+    box.traffic["first"] = TrafficSeen(waiting=1, waiting_since=box.now - 400)
+    box.traffic["sleeper"] = TrafficSeen(waiting=1, waiting_since=box.now - 300)
+    plan = box.look()
+    assert [action.model for action in plan.actions if isinstance(action, Stop)] == ["sleeper"]
+    assert states(plan)["sleeper"] is S.STOPPING
