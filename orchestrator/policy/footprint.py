@@ -14,7 +14,6 @@ from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.units import GIB, MIB
 
 PAGE_BYTES = 2 * MIB  # KVCACHED_PAGE_SIZE_MB's default; a bundle is one page for K and one for V of every layer
-PINNED = 2  # PyTorch pins host memory in powers of two: 26.8 GiB for 14.2 GiB of weights (H200, 7B)
 BLOCK_TOKENS = 16  # vLLM's default block size
 CONTEXT_BYTES = 1 * GIB
 NCCL_BYTES = 1 * GIB  # a rank of a tensor-parallel engine, communication buffers and a second context included
@@ -103,7 +102,7 @@ def estimate(spec: ModelSpec, shape: Shape | None) -> Footprint:
         parts=parts,
         start_bytes=start,
         ready_bytes=start - PROFILE_BYTES,
-        host_bytes=PINNED * shape.weights_bytes,
+        host_bytes=shape.weights_bytes,  # the least; PyTorch pins in powers of two: 26.8 GiB for 14.2 GiB of weights (H200, 7B)
         bundle_bytes=PAGE_BYTES * shape.layers * 2,
         kv_token_bytes=shape.layers * 2 * heads * shape.head_dim * 2,
         max_model_len=parse_tokens(spec.flag("--max-model-len")) or shape.max_position or 0,
