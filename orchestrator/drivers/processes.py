@@ -38,16 +38,14 @@ class Process:
 class Child:
     """A child of ours, started (spawn) or forked for us (forked): its exit code, which a parent alone learns."""
 
-    def __init__(self, pid: int, started: "subprocess.Popen[bytes] | None" = None) -> None:
-        self._pid, self._started = pid, started
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self._code: int | None = None
         _held[pid] = self
 
     def poll(self) -> int | None:
         """Its exit code, negative for the signal that ended it; None while it runs."""
-        if self._code is None and self._started is not None:
-            self._code = self._started.poll()
-        elif self._code is None:
+        if self._code is None:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
             except ChildProcessError:
@@ -87,10 +85,11 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], log: Path, pass_fds: Sequ
             list(argv), env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
             pass_fds=pass_fds,
         )  # fmt: skip
+    started.returncode = 0  # subprocess would wait for one that is dropped, or warn of it: that is Child's to do, and then reap's
     found = _stat(started.pid)
     assert found is not None  # ours, and not waited for
     _expendable(started.pid)
-    return Process(started.pid, found[1]), Child(started.pid, started)
+    return Process(started.pid, found[1]), Child(started.pid)
 
 
 def forked(pid: int) -> tuple[Process, Child | None]:
