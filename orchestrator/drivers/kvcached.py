@@ -17,6 +17,7 @@ from orchestrator.policy.snapshot import Segment
 
 SHM = Path("/dev/shm")
 LAYOUT = struct.Struct("=qqq")
+STEADY_TRIES = 20
 LOCK_TRIES, LOCK_PAUSE_S = 20, 0.0005  # an engine holds the lock for microseconds
 OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in its place is not waited for
 
@@ -33,9 +34,8 @@ def read(ipc_name: str) -> Segment | None:
 class Watched:
     """One engine's segment, kept open from look to look: the loop reads it eight times a second.
 
-    No lock is taken. None is needed: writers store aligned int64s and the kernel copies aligned words, so each value is one that was
-    written; used and prealloc may be of two different writes, which is why control/observe.py counts the smaller of two looks. And an
-    engine that was stopped while it held the lock is still seen.
+    No lock is taken, so that an engine that was stopped while it held it is still seen. Instead it is read until two reads agree: the
+    kernel copies byte by byte, and one read in a million held halves of two writes.
     """
 
     def __init__(self, ipc_name: str) -> None:
@@ -54,12 +54,20 @@ class Watched:
     def again(self) -> Segment | None:
         """The file of the last read(), whatever became of its path: half the cost."""
         try:
-            found = os.pread(self._fd, LAYOUT.size + 1, 0)
+            found = self._steady()
             if found != self._bytes:
                 self._bytes, self._segment = found, Segment(*LAYOUT.unpack(found))
             return self._segment
         except (OSError, struct.error):
             return None
+
+    def _steady(self) -> bytes:
+        before = os.pread(self._fd, LAYOUT.size + 1, 0)
+        for _ in range(STEADY_TRIES):
+            if (found := os.pread(self._fd, LAYOUT.size + 1, 0)) == before:
+                return found
+            before = found
+        raise OSError(f"{self._path} changes faster than it can be read")
 
     def close(self) -> None:
         if self._fd >= 0:
