@@ -7,7 +7,7 @@ MODEL  ?= /models/qwen2.5-0.5b
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test check format bench test-gpu engine clean
+.PHONY: help install demo run test check format planted bench test-gpu engine clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,9 @@ check: install  ## ruff, mypy --strict; the import rules and docs-in-sync tests
 format: install  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+planted: install  ## bugs planted in a copy of the allocator, one at a time: which tests catch each (half an hour)
+	$(BIN)/python -m tests.policy.planted --jobs $(JOBS)
 
 bench: install  ## the names of all measurements
 	$(BIN)/python -m bench

@@ -27,16 +27,16 @@ class PoolMemory:
     slow_bytes: float = 0.0  # use, falling slowly after a peak: never below any average of it
     used_bytes: int = 0
     rate: float = 0.0  # bytes a second at which it has been growing
-    limit_bytes: int = 0  # the last one seen; a segment that somebody made anew says 0, and its engine goes on with this
+    limit_bytes: int = 0  # the last one seen or written; where somebody zeroed the segment, its engine goes on with this
     at: float = 0.0
     replaced: tuple[tuple[float, int], ...] = ()  # (when, the larger limit that a shrink replaced)
     moved_at: float = -1e9
     trimmed_at: float = -1e9
     reason: str = "what the engine started with"  # why its limit is what it is
 
-    def moved(self, now: float, reason: str, replaced: tuple[tuple[float, int], ...]) -> "PoolMemory":
+    def moved(self, now: float, limit: int, reason: str, replaced: tuple[tuple[float, int], ...]) -> "PoolMemory":
         """After a write. (dataclasses.replace costs four times as much, and plan() is called four times a second for every pool.)"""
-        return PoolMemory(self.slow_bytes, self.used_bytes, self.rate, self.limit_bytes, self.at, replaced, now, self.trimmed_at, reason)
+        return PoolMemory(self.slow_bytes, self.used_bytes, self.rate, limit, self.at, replaced, now, self.trimmed_at, reason)
 
 
 @dataclass(slots=True)  # as PoolMemory
@@ -160,7 +160,7 @@ def plan(pools: Sequence[Pool], amounts: Mapping[str, int], before: Mapping[str,
                 reason = _why_less(pool, key in short, under_pressure)
                 limits[key] = shrunk = Limit(key, pool.model, new, limit, goal, reason)
                 shrinks.append(shrunk)
-                memory[key] = memory[key].moved(now, reason, (*memory[key].replaced, (now, limit)))
+                memory[key] = memory[key].moved(now, new, reason, (*memory[key].replaced, (now, limit)))
                 continue
         limits[key] = Limit(key, pool.model, limit, limit, goal, memory[key].reason)
 
@@ -177,7 +177,10 @@ def plan(pools: Sequence[Pool], amounts: Mapping[str, int], before: Mapping[str,
         floor = pool.limit_bytes < pool.least
         reason = "up to its floor" if floor else "it needs more" if urgent else "a share of the surplus"
         limits[key] = Limit(key, pool.model, new, pool.limit_bytes, target[key], reason)
-        memory[key] = memory[key].moved(now, reason, memory[key].replaced)
+        last, replaced = memory[key].limit_bytes, memory[key].replaced
+        if last > new:  # its segment says 0: until it has seen this limit, its engine goes on with the last one
+            replaced = (*replaced, (now, last))
+        memory[key] = memory[key].moved(now, new, reason, replaced)
         grows.append(limits[key])
     return BudgetPlan(limits, (*shrinks, *grows), memory, tuple(sorted(short)), frozenset(pressed), demands, charges)
 

@@ -139,6 +139,19 @@ def test_a_shrink_is_credited_when_use_is_seen_below_it_and_half_a_second_has_pa
     assert SETTLE_S == 0.5
 
 
+def test_a_zeroed_segments_former_limit_is_charged_until_its_engine_has_surely_seen_the_new_one() -> None:
+    """`a` had 85; where its segment says 0 it goes on with that, also for half a second after 25 was written there."""
+    pools = {"a": pool("a", limit_bytes=0), "b": pool("b", limit_bytes=10, used_bytes=10, busy=True, floor_bytes=50)}
+    memory = {"a": PoolMemory(limit_bytes=85, at=99.75)}
+    got = []
+    for now in (100.0, 100.02, 100.49, 100.5):
+        answer = look(*pools.values(), amount=100, now=now, **memory)
+        memory = dict(answer.memory)
+        pools = {key: replace(one, limit_bytes=answer.limits[key].limit_bytes) for key, one in pools.items()}
+        got.append((answer.charges["a"], pools["a"].limit_bytes, pools["b"].limit_bytes))
+    assert got == [(85, 25, 15), (85, 25, 15), (85, 25, 15), (25, 25, 74)]
+
+
 def test_those_below_their_floor_are_served_first_then_the_hungriest() -> None:
     pools = [
         pool("a", limit_bytes=5, used_bytes=5, busy=True, weight=100.0),

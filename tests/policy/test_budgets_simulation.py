@@ -37,6 +37,7 @@ class Engine:
     weight: float
     reserved_pages: int
     next_watch: float
+    stride: int = 4  # bundles that one step may fill
     limit: int = 0  # what the segment says
     seen: int = 0  # what the watcher saw last
     used: int = 0
@@ -56,11 +57,11 @@ class Engine:
             self.seen, self.next_watch = self.limit, self.next_watch + WATCH_S
 
     def work(self, now: float) -> int:
-        """A step: at most four bundles are filled or one is emptied. Returns the bytes that were newly mapped."""
+        """A step: some bundles are filled or one is emptied. Returns the bytes that were newly mapped."""
         before = self.mapped
         if self.used < self.load:
             self.prealloc = max(0, min(self.prealloc, self.seen - self.used))  # the allocator follows the limit here
-            for _ in range(min(4, self.load - self.used)):
+            for _ in range(min(self.stride, self.load - self.used)):
                 if self.prealloc:
                     self.prealloc -= 1
                 elif self.used + self.prealloc >= self.seen:
@@ -150,6 +151,7 @@ engines = st.builds(
     weight=st.sampled_from((0.5, 1.0, 4.0)),
     reserved_pages=st.sampled_from((0, 2, 10)),
     next_watch=st.floats(1000.0, 1000.0 + WATCH_S),
+    stride=st.sampled_from((4, 120)),
 )
 
 
@@ -262,7 +264,7 @@ def box_of(*engines_: Engine, interval_s: float = 0.25) -> Box:
 
 
 def engine(key: str, capacity: int = 60, gpus: tuple[str, ...] = ("GPU-0",), **fields: int) -> Engine:
-    return Engine(key, gpus, GIB, fields.get("floor", 2), capacity, 1.0, fields.get("reserved_pages", 2), 1000.03)
+    return Engine(key, gpus, GIB, fields.get("floor", 2), capacity, 1.0, fields.get("reserved_pages", 2), 1000.03, fields.get("stride", 4))
 
 
 def test_a_burst_beside_an_idle_neighbour_is_served_from_its_surplus() -> None:
@@ -302,11 +304,12 @@ def test_memory_goes_from_one_to_the_other_only_as_requests_end() -> None:
 
 
 @pytest.mark.parametrize("watch_s", [0.01, 0.03, 0.05, 0.07, 0.09])
-def test_an_engine_that_has_not_seen_its_smaller_limit_may_burst_all_the_same(watch_s: float) -> None:
+@pytest.mark.parametrize("neighbours_s", [0.03, 0.07])
+def test_an_engine_that_has_not_seen_its_smaller_limit_may_burst_all_the_same(watch_s: float, neighbours_s: float) -> None:
     """With a look each 20 ms the daemon is faster than a watcher: what `a` must give back is not given out yet, whenever it bursts."""
-    for late in range(20):
-        first, second = engine("a"), engine("b")
-        first.next_watch, second.next_watch = 1000.0 + watch_s, 1000.03
+    for late in range(12):
+        first, second = engine("a", stride=60), engine("b", stride=60)
+        first.next_watch, second.next_watch = 1000.0 + watch_s, 1000.0 + neighbours_s
         box = box_of(first, second, interval_s=0.02)
         second.load = 60
         box.pass_time(late * STEP_S)

@@ -8,9 +8,25 @@ from hypothesis import strategies as st
 
 from orchestrator.policy.actions import Repair, SetLimit, Trim
 from orchestrator.policy.decide import decide
-from orchestrator.policy.instance import HAS_ENGINE, Instance, State
+from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.snapshot import Snapshot, TrafficSeen
 from tests.policy.test_decide_properties import RULES, World, look, worlds
+
+
+@st.composite
+def serving(draw: st.DrawFn) -> World:
+    """Most engines serve or start; some of them are idle, for a moment or for long."""
+    world: World = draw(worlds())
+    seen = world.snapshot
+    instances, engines, traffic = dict(world.instances), dict(seen.engines), dict(seen.traffic)
+    for name, instance in world.instances.items():
+        if instance.launch and (engine := engines.get(instance.launch.id)) and draw(st.integers(0, 4)):
+            state = draw(st.sampled_from((State.READY, State.READY, State.STARTING)))
+            instances[name] = Instance(name, state, seen.now - 400.0, "as before", instance.launch)
+            engines[engine.launch_id] = replace(engine, alive=True, gone=False, ready=state is not State.STARTING, error=None, asleep=False)
+            idle_s = draw(st.sampled_from((0.25, 0.5, 9.9, 10.0, 300.0)))
+            traffic[name] = TrafficSeen(in_flight=draw(st.sampled_from((0, 0, 1))), last_used=seen.now - idle_s)
+    return World(world.known, instances, replace(seen, engines=engines, traffic=traffic))
 
 
 @settings(look, max_examples=150)
@@ -32,6 +48,16 @@ def test_limits_fit_beside_the_reserve_and_what_is_claimed(world: World) -> None
 
 
 @look
+@given(serving())
+def test_no_limit_moves_on_an_old_reading(world: World) -> None:
+    plan = world.plan()
+    gpus = {i.launch.id: i.launch.gpus for i in plan.instances.values() if i.launch}
+    for move in plan.actions:
+        if isinstance(move, SetLimit):
+            assert [world.snapshot.gpus[uuid].error for uuid in gpus[move.launch_id]] == [None] * len(gpus[move.launch_id])
+
+
+@look
 @given(worlds())
 def test_no_limit_is_above_what_its_engine_can_address(world: World) -> None:
     plan = world.plan()
@@ -42,23 +68,7 @@ def test_no_limit_is_above_what_its_engine_can_address(world: World) -> None:
             assert move.limit_bytes <= min(launch.ceiling_bytes, seen.capacity_bytes or launch.ceiling_bytes)
 
 
-@st.composite
-def serving(draw: st.DrawFn) -> World:
-    """Most engines serve; some of them are idle, for a moment or for long."""
-    world: World = draw(worlds())
-    seen = world.snapshot
-    instances, engines, traffic = dict(world.instances), dict(seen.engines), dict(seen.traffic)
-    for name, instance in world.instances.items():
-        if instance.launch and (engine := engines.get(instance.launch.id)) and instance.state in HAS_ENGINE and draw(st.integers(0, 4)):
-            state = draw(st.sampled_from((State.READY, State.READY, State.READY, State.DRAINING, State.STARTING)))
-            instances[name] = Instance(name, state, seen.now - 700.0, "as before", instance.launch)
-            engines[engine.launch_id] = replace(engine, alive=True, gone=False, ready=state is not State.STARTING, error=None, asleep=False)
-            idle_s = draw(st.sampled_from((0.25, 0.5, 9.9, 10.0, 300.0)))
-            traffic[name] = TrafficSeen(in_flight=draw(st.sampled_from((0, 0, 1))), last_used=seen.now - idle_s)
-    return World(world.known, instances, replace(seen, engines=engines, traffic=traffic))
-
-
-@look
+@settings(look, max_examples=100)
 @given(serving())
 def test_who_is_trimmed_serves_nobody_and_is_trimmed_once(world: World) -> None:
     """And whoever was idle for all of its idle_trim is, also where somebody lacks memory."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.division import IDLE_TAU_S, Pool, floors, targets, waterfill
@@ -116,3 +116,53 @@ def test_what_a_pool_holds_above_its_share_is_nobody_elses_until_it_leaves(
     pools = [pool("a", weight=99.0, used_bytes=held, busy=True), pool("b", floor_bytes=floor, busy=True)]
     answer, _ = targets(pools, 50, demands, pressure=True)
     assert answer == shares
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[Pool]:
+    """Busy pools that hold nothing yet, with bundles of 1 to 5."""
+    weights = st.sampled_from((0.25, 1.0, 1.0, 2.0, 16.0))
+    sizes = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 200), weights)
+    rows = draw(st.lists(sizes, min_size=1, max_size=5))
+    return [
+        pool(f"l{at}", bundle_bytes=bundle, floor_bytes=floor, ceiling_bytes=ceiling, weight=weight, busy=True)
+        for at, (bundle, floor, ceiling, weight) in enumerate(rows)
+    ]
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(crowds(), st.integers(0, 400), st.data())
+def test_nobody_is_short_of_its_demand_while_a_bundle_of_it_is_left(pools: list[Pool], amount: int, data: st.DataObject) -> None:
+    demands = [min(one.most, one.up(data.draw(st.integers(0, 200)))) for one in pools]
+    sizes, _ = targets(pools, amount, demands, pressure=True)
+    assert sum(sizes) <= max(amount, sum(one.bundle_bytes for one in pools))
+    for one, size, wanted in zip(pools, sizes, demands, strict=True):
+        assert size >= wanted or amount - sum(sizes) < one.bundle_bytes
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(crowds(), st.integers(0, 400), st.booleans())
+def test_the_surplus_is_shared_by_weight(pools: list[Pool], amount: int, pressure: bool) -> None:
+    """On top of the floors, and but for rounding: nobody that has room left stands lower for its weight than another."""
+    base, short = floors(pools, amount)
+    assume(not short)
+    sizes, _ = targets(pools, amount, base, pressure)
+    over = [size - have for size, have in zip(sizes, base, strict=True)]
+    for one, size, own in zip(pools, sizes, over, strict=True):
+        for other, its in zip(pools, over, strict=True):
+            assert size > one.most - one.bundle_bytes or (own + one.bundle_bytes) / one.weight >= its / other.weight
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(crowds(), st.integers(0, 400), st.booleans(), st.data())
+def test_idling_never_brings_more(pools: list[Pool], amount: int, pressure: bool, data: st.DataObject) -> None:
+    """But for rounding: a bundle. With the same demand, so it is the idleness alone."""
+    at = data.draw(st.integers(0, len(pools) - 1))
+    demands = [min(one.most, one.up(data.draw(st.integers(0, 100)))) for one in pools]
+    sizes = []
+    for idle_s in (0.0, 10.0, 600.0):
+        idle = [replace(one, busy=idle_s == 0, idle_s=idle_s) if number == at else one for number, one in enumerate(pools)]
+        sizes.append(targets(idle, amount, demands, pressure)[0][at])
+    slack = max(one.bundle_bytes for one in pools)
+    assert sizes[2] <= sizes[1] + slack
+    assert sizes[1] <= sizes[0] + slack
