@@ -47,7 +47,7 @@ def write(
         "command": command,
         "commit": _commit(),
         "machine": machine(gpus),
-        "versions": versions("aiohttp", "uvicorn", "fastapi", "openai", *packages),
+        "versions": versions("uvicorn", "fastapi", "openai", *packages),
         "figures": dict(figures),
         "notes": dict(notes),
     }

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -19,14 +20,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-import uvicorn
 import uvloop
 
 from orchestrator import __version__, config_errors, logs, settings
 from orchestrator.api.admin import About, Admin
-from orchestrator.api.app import operators_app, users_app
-from orchestrator.api.openai import forwarded_routes, models_router
+from orchestrator.api.app import UsersApp, operators_app
+from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.server import Server
+from orchestrator.api.upstream import Upstreams
 from orchestrator.control.observe import Observer
 from orchestrator.control.ports import Gpus
 from orchestrator.control.reconciler import Reconciler, View
@@ -45,8 +47,7 @@ from orchestrator.settings import Settings
 log = logging.getLogger("orchestrator")
 
 DEFAULT_CONFIG = Path("/etc/orchestrator/orchestrator.yaml")
-SERVER_STOP_S = 3  # open streams of the admin API are cut after this
-KEEP_ALIVE_S = 75  # longer than the 60 s of common load balancers, or their POSTs would meet closed connections
+GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
 
 
 async def serve(config: Settings, files: Sequence[Path]) -> None:
@@ -87,7 +88,8 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
-    proxy = Proxy(traffic, registry.resolve, launcher.socket, config.requests.max_body)
+    upstreams = Upstreams(launcher.socket)
+    proxy = Proxy(traffic, registry.resolve, upstreams, config.requests.max_body)
     loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
 
     host, port = public.getsockname()[:2]
@@ -106,8 +108,8 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers).router()
     boot = time.time()
     key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
-    users = users_app([models_router(registry, loop, lambda: boot)], list(forwarded_routes(proxy)), admin, key)
-    servers = [(_server(users, config), public), (_server(operators_app(admin), config), admin_socket)]
+    users = UsersApp([models_router(registry, loop, lambda: boot)], forwarded(proxy), admin, key)
+    servers = [(Server(app, config.log.access), sock) for app, sock in ((users, public), (operators_app(admin), admin_socket))]
 
     for name in registry.overruled:
         log.warning("%s: a config file defines this name now; the one added by API is not used", name)
@@ -124,7 +126,10 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     await loop.tick()  # a first look, so that whoever connects finds figures
     reconciling = asyncio.create_task(loop.run(), name="loop")
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
-    tidying = asyncio.create_task(_tidy(loop, proxy), name="tidy")
+    tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection needs to look at it again
+    gc.set_threshold(GC_EVERY, 20, 20)
     log.info("serving %s, admin at %s, %s GPUs (%s), version %s", listen, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
     if gpu_source == "simulated":
         log.warning("the GPUs are SIMULATED: engines are simulated too, and answers are made up")
@@ -137,10 +142,10 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     loop.stop()
     await reconciling
     for server, _ in servers:
-        server.should_exit = True
+        server.stop()
     await asyncio.gather(*serving)
     tidying.cancel()
-    await proxy.forget_all_but(())
+    upstreams.tidy(())
     await loop.settle()
     await launcher.close()
     log.info("stopped")
@@ -150,13 +155,13 @@ def _seen(loop: Reconciler) -> Sequence[str]:
     return tuple(loop.view.snapshot.gpus) if loop.view else ()
 
 
-async def _tidy(loop: Reconciler, proxy: Proxy) -> None:
-    """Close the proxy's connections to engines that are over."""
+async def _tidy(loop: Reconciler, upstreams: Upstreams) -> None:
+    """Close connections to engines that nobody uses any more."""
     while True:
         async with loop.ticked:
             await loop.ticked.wait()
         if loop.view is not None:
-            await proxy.forget_all_but({i.launch.id for i in loop.view.plan.instances.values() if i.launch})
+            upstreams.tidy({i.launch.id for i in loop.view.plan.instances.values() if i.launch})
 
 
 def _feed_systemd(view: View) -> None:
@@ -194,32 +199,6 @@ def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
         )
         for name, engine in config.engines.items()
     }
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: the daemon stops things in its own order."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _server(app: object, config: Settings) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            access_log=config.log.access,
-            log_config=None,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=SERVER_STOP_S,
-            backlog=2048,
-        )
-    )
 
 
 def _make(folder: Path, mode: int) -> None:

@@ -50,19 +50,22 @@ class Asking:
     progress: bool
 
 
-def read(scope: Scope, body: bytes) -> Asking:
+def read(scope: Scope, headers: Mapping[bytes, bytes], body: bytes) -> Asking:
     """Raises BadRequest unless the body is a JSON object with a model in it, and the headers that are for us can be understood."""
-    peek, headers = _peek(body), dict(scope["headers"])
+    peek = _peek(body)
     progress = _wants_progress(headers) and scope["path"] in STREAMED and bytes(peek.stream) == b"true"
     asker = Asker(client_of(scope, headers), _priority(headers), _patience_s(headers, progress))
     return Asking(str(peek.model), _ask(peek, len(body)), asker, progress)
 
 
 def client_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
-    """Whose turn it uses: its address; on this machine, where all have the same, that of its credentials if it sends some."""
+    """Whose turn it uses: its address. On this machine, where all have the same, the one that a proxy there names, or its credentials."""
     address: str = (scope.get("client") or ("",))[0]
-    credentials = headers.get(b"authorization")
-    if credentials and (not address or address == "::1" or address.startswith("127.")):
+    if address and address != "::1" and not address.startswith("127."):
+        return address
+    if named := headers.get(b"x-forwarded-for"):
+        return named.rpartition(b",")[2].strip().decode("latin-1")
+    if credentials := headers.get(b"authorization"):
         return f"key {hash(credentials):x}"  # salted anew in each run: of the secret itself nothing is kept
     return address
 
@@ -126,8 +129,9 @@ def _peek(body: bytes) -> _Peek:
 def _ask(peek: _Peek, body_bytes: int) -> Ask:
     """Byte-level tokenizers never make more tokens than bytes; English text makes about a quarter. An answer without a bound may
     fill its model's context, whose length policy knows."""
-    given = (bytes(raw) for raw in (peek.max_completion_tokens, peek.max_tokens, peek.max_output_tokens))
-    bounds = [int(text) for text in given if text.isdigit() and len(text) <= COUNT_DIGITS]
-    answer = min((bound for bound in bounds if bound > 0), default=None)
+    answer = None
+    for raw in (peek.max_completion_tokens, peek.max_tokens, peek.max_output_tokens):
+        if raw is not ABSENT and (text := bytes(raw)).isdigit() and len(text) <= COUNT_DIGITS and (bound := int(text)) > 0:
+            answer = bound if answer is None else min(answer, bound)
     most = body_bytes + (UNBOUNDED_TOKENS if answer is None else answer)
     return Ask(most, first=body_bytes, likely=body_bytes // 4 + min(answer or LIKELY_TOKENS, LIKELY_TOKENS))

@@ -5,6 +5,9 @@ import math
 
 from orchestrator.errors import OrchestratorError
 
+# A fault of ours.
+BUG = OrchestratorError("The daemon failed to answer this; its log has the traceback.", code="internal_error")
+
 
 def body(error: OrchestratorError) -> bytes:
     inside: dict[str, object] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}

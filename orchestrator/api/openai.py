@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from orchestrator.api.proxy import Proxy
 from orchestrator.control.reconciler import Reconciler
@@ -14,8 +14,9 @@ from orchestrator.control.registry import Registry
 FORWARDED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/detokenize")
 
 
-def forwarded_routes(proxy: Proxy) -> list[Route]:
-    return [Route(path, proxy, methods=["POST"]) for path in FORWARDED]
+def forwarded(proxy: Proxy) -> dict[str, ASGIApp]:
+    """By path: what answers a POST there."""
+    return dict.fromkeys(FORWARDED, proxy)
 
 
 def models_router(registry: Registry, reconciler: Reconciler, started_at: Callable[[], float]) -> APIRouter:

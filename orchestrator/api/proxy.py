@@ -1,56 +1,55 @@
 """Requests for a model, on their way to its engine and back: one pure ASGI endpoint, the hot path.
 
-The same bytes go on and raw bytes come back; what is read of them is in asking.py. The endpoint watches receive() itself, so a
-client that leaves cancels its upstream request in every phase: queued, before the first byte, mid-stream. However a request
-ends, its lease comes back.
+The same bytes go on and raw bytes come back; what is read of them is in asking.py. A client that leaves cancels its upstream request
+in every phase: queued, before the first byte, mid-stream. However a request ends, its lease comes back.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Iterable
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 
-import aiohttp
-from multidict import CIMultiDict
 from starlette.types import Message, Receive, Scope, Send
-from yarl import URL
 
 from orchestrator.api import asking, error_body
 from orchestrator.api.asking import OWN_HEADERS, Asking
 from orchestrator.api.progress import Progress
+from orchestrator.api.server import CLIENT, Client
+from orchestrator.api.upstream import Answer, Upstreams
 from orchestrator.control.traffic import Traffic
 from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
 
+log = logging.getLogger("orchestrator.proxy")
+
 # Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop; and a client's credentials, which are no engine's business.
-DROPPED_REQUEST = OWN_HEADERS | frozenset(
+DROPPED = OWN_HEADERS | frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host content-length expect"
     b" authorization x-api-key cookie".split()
 )
-DROPPED_RESPONSE = frozenset(b"connection keep-alive te trailer transfer-encoding upgrade server date".split())
-# What aiohttp would add by itself: an engine is told what the client said, no more (an unasked Accept-Encoding may be obeyed).
-NOT_ADDED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
-# Engines close idle connections after 75 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a pool must give up earlier, or POSTs fail.
-KEEP_ALIVE_S = 60.0
-NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)  # a generation may take hours
+UNBUFFERED = (b"x-accel-buffering", b"no")  # nginx, before us, must not collect a stream
 
 
 class Proxy:
-    """`resolve`: name or alias -> model, raising ModelNotFound. `socket_of`: launch id -> path of the engine's socket."""
+    """`resolve`: name or alias -> model, raising ModelNotFound."""
 
-    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], socket_of: Callable[[str], str], max_body_bytes: int) -> None:
-        self._traffic, self._resolve, self._socket_of, self._max_body = traffic, resolve, socket_of, max_body_bytes
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
+    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], upstreams: Upstreams, max_body_bytes: int) -> None:
+        self._traffic, self._resolve, self._upstreams, self._max_body = traffic, resolve, upstreams, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await _read_body(scope, receive, self._max_body)
+            headers = dict(scope["headers"])
+            body = await _read_body(headers, receive, self._max_body)
             if body is None:
                 return  # the client left
-            wanted = asking.read(scope, body)
+            wanted = asking.read(scope, headers, body)
             model = self._resolve(wanted.model)
+            await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted))
         except OrchestratorError as error:
             await _send_error(send, error)
-            return
-        await _unless_client_leaves(self._serve(scope, send, model, body, wanted), receive)
+        except Exception:
+            log.exception("a request could not be answered")
+            # Raises where the answer had begun: then the server breaks it off.
+            await _send_error(send, error_body.BUG)
 
     async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking) -> None:
         progress = Progress(send, model)
@@ -59,37 +58,42 @@ class Proxy:
             async with self._traffic.lease(model, wanted.ask, wanted.asker, tell) as launch_id:
                 await self._forward(scope, send, model, launch_id, body, progress)
         except OrchestratorError as error:
-            if progress.begun:
-                await progress.end(error)
-            else:
-                await _send_error(send, error)
+            if not progress.begun:
+                raise
+            await progress.end(error)
 
     async def _forward(self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes, progress: Progress) -> None:
         """Raises EngineDied while the client can still be told in order; later than that the stream is broken off."""
-        url = "http://engine" + scope["raw_path"].decode("latin-1")
-        if scope["query_string"]:
-            url += "?" + scope["query_string"].decode("latin-1")
-        headers = _forwarded(scope["headers"])
-        if progress.begun:
-            headers.popall("Accept-Encoding", None)  # the answer has begun, as plain text
-        session = self._session(launch_id)
+        # Where the answer has begun it has as plain text.
+        dropped = DROPPED | {b"accept-encoding"} if progress.begun else DROPPED
         started = streaming = False
+        client: Client = scope["extensions"][CLIENT]
         try:
-            async with session.post(
-                URL(url, encoded=True), data=body, headers=headers, allow_redirects=False, skip_auto_headers=NOT_ADDED
-            ) as upstream:
-                streaming = upstream.content_type == "text/event-stream"
+            answer = await self._upstreams.of(launch_id).ask(_head(scope, len(body), dropped), body)
+            try:
+                streaming = answer.content_type.startswith(b"text/event-stream")
                 if progress.begun and not streaming:
-                    await progress.end_with(await upstream.read(), upstream.status)
+                    await progress.end_with(await _all_of(answer), answer.status)
                     return
                 if not progress.begun:
-                    await send({"type": "http.response.start", "status": upstream.status, "headers": _returned(upstream, streaming)})
+                    headers = [*(h for h in answer.headers if h[0] != b"content-length"), UNBUFFERED] if streaming else answer.headers
+                    if answer.has_more_than_head and not streaming:
+                        client.join_next_writes()
+                    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
                 started = True
-                async for chunk in upstream.content.iter_any():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            died = EngineDied(f"The engine of {model!r} broke off the request: {type(error).__name__}.", retry_after_s=5)
+                if streaming:
+                    await answer.relay(client)
+                    await send({"type": "http.response.body", "body": b""})
+                    return
+                more = True
+                while more:
+                    chunk = await answer.read()
+                    more = not answer.whole
+                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
+            finally:
+                answer.release()
+        except OSError as error:
+            died = EngineDied(f"The engine of {model!r} broke off the request: {error}.", retry_after_s=5)
             if not started:
                 raise died from error
             if streaming:
@@ -97,72 +101,49 @@ class Proxy:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             # Returning without the last body message makes the server cut the connection: never a silent short success.
 
-    def _session(self, launch_id: str) -> aiohttp.ClientSession:
-        session = self._sessions.get(launch_id)
-        if session is None:
-            connector = aiohttp.UnixConnector(self._socket_of(launch_id), limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            session = aiohttp.ClientSession(
-                connector=connector, auto_decompress=False, timeout=NO_TIMEOUT, cookie_jar=aiohttp.DummyCookieJar()
-            )
-            self._sessions[launch_id] = session
-        return session
 
-    async def forget_all_but(self, launch_ids: Collection[str]) -> None:
-        """Close the connections to engines that are over."""
-        for launch_id in self._sessions.keys() - launch_ids:
-            await self._sessions.pop(launch_id).close()
+async def _all_of(answer: Answer) -> bytes:
+    parts = []
+    while part := await answer.read():
+        parts.append(part)
+    return b"".join(parts)
 
 
-def _forwarded(given: Iterable[tuple[bytes, bytes]]) -> "CIMultiDict[str]":
-    """The client's headers, less those of this hop: also the ones that its Connection header names."""
-    pairs = list(given)
-    named = {name.strip().lower() for key, value in pairs if key == b"connection" for name in value.split(b",")}
-    return CIMultiDict((k.decode("latin-1"), _text(v)) for k, v in pairs if k not in DROPPED_REQUEST and k not in named)
+def _head(scope: Scope, length: int, dropped: frozenset[bytes]) -> bytes:
+    """The client's request line and headers, less those of its hop: also the ones that its Connection header names."""
+    parts: list[bytes] = [scope["method"].encode(), b" ", scope["raw_path"]]
+    if scope["query_string"]:
+        parts += b"?", scope["query_string"]
+    parts.append(b" HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n" % length)
+    given = scope["headers"]
+    named = {name.strip().lower() for key, value in given if key == b"connection" for name in value.split(b",")}
+    for key, value in given:
+        if key not in dropped and key not in named:
+            parts += key, b": ", value, b"\r\n"
+    parts.append(b"\r\n")
+    return b"".join(parts)
 
 
-def _returned(upstream: aiohttp.ClientResponse, streaming: bool) -> list[tuple[bytes, bytes]]:
-    kept = [(k.lower(), v) for k, v in upstream.raw_headers if k.lower() not in DROPPED_RESPONSE]
-    return [*kept, (b"x-accel-buffering", b"no")] if streaming else kept
-
-
-def _text(value: bytes) -> str:
-    """aiohttp writes headers in UTF-8: what is UTF-8 goes on unchanged."""
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
-async def _unless_client_leaves(work: Awaitable[None], receive: Receive) -> None:
-    """Run `work` in this task and cancel it when the client disconnects."""
+async def _unless_it_leaves(client: Client, work: Awaitable[None]) -> None:
+    """Run `work` in this task, and cancel it when the client disconnects."""
     task = asyncio.current_task()
     assert task is not None
-    left = False
-
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        left = True
-        task.cancel()
-
-    watcher = asyncio.ensure_future(watch())
+    client.on_leaving = task.cancel
     try:
         await work
     except asyncio.CancelledError:
-        if not left:
+        if not client.has_left:
             raise
         task.uncancel()
     finally:
-        watcher.cancel()
+        client.on_leaving = None
 
 
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
+async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | None:
     """The whole body, or None if the client left. Raises BodyTooLarge as soon as it is known to be."""
-    declared = next((value for key, value in scope["headers"] if key == b"content-length"), b"0")
-    too_large = BodyTooLarge(f"The request body is larger than {limit} bytes (requests.max_body).")
+    declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     chunks, size = [], 0
     while True:
         message: Message = await receive()
@@ -171,10 +152,14 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {limit} bytes (requests.max_body).")
 
 
 async def _send_error(send: Send, error: OrchestratorError) -> None:

@@ -7,8 +7,7 @@ the count can not be stranded by a client that leaves at the wrong moment. Who o
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.control.queue import Place, Queue
@@ -146,25 +145,21 @@ class Traffic:
         now = self._clock()
         return {name: model.seen(now) for name, model in self._models.items()}
 
-    @asynccontextmanager
-    async def lease(self, name: str, ask: Ask = Ask(), asker: Asker = Asker(), tell: Tell | None = None) -> AsyncIterator[str]:
+    def lease(self, name: str, ask: Ask = Ask(), asker: Asker = Asker(), tell: Tell | None = None) -> "Lease":
         """Hold a place at `name` and get the launch id to send to. Waits while the model is not ready or full, and shortly while
         its limit is raised for a request that does not fit. `tell` hears of the door while it waits: at once, when its phase
         changes, and every TELL_S. Where nothing is told, the request did not wait.
 
         Raises ModelNotFound, ModelUnavailable, QueueFull, NotInTime if it would wait in vain, or WaitTimeout.
         """
-        model, launch_id = await self._enter(name, ask, asker, tell)  # this object to the end, also if the model is removed meanwhile
-        try:
-            if model.is_stuck_with(ask):
-                await self._make_room(model, ask)
-            yield launch_id
-        finally:
-            model.leave(ask)
-            model.last_used = self._clock()
-            self._grant(model)
-            if model.in_flight == 0:
-                self._wake()  # a draining model may end now
+        return Lease(self, name, ask, asker, tell)
+
+    def _give_back(self, model: _Model, ask: Ask) -> None:
+        model.leave(ask)
+        model.last_used = self._clock()
+        self._grant(model)
+        if model.in_flight == 0 and (model.door.launch_id is None or self._waiting):
+            self._wake()  # a draining model may end now, or one whose room somebody waits for
 
     async def _make_room(self, model: _Model, ask: Ask) -> None:
         """This one counts as running already, so the loop sees its need: let it raise the limit first. After ROOM_S, or in company,
@@ -293,6 +288,29 @@ class Traffic:
             self._unqueue(model, waiter)
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
+
+
+class Lease:
+    """`async with`: one request's hold on an instance, from when it may run to the end of the block, however that ends."""
+
+    __slots__ = ("_ask", "_asker", "_model", "_name", "_tell", "_traffic")
+
+    def __init__(self, traffic: Traffic, name: str, ask: Ask, asker: Asker, tell: Tell | None) -> None:
+        self._traffic, self._name, self._ask, self._asker, self._tell = traffic, name, ask, asker, tell
+
+    async def __aenter__(self) -> str:
+        # The model's object is kept to the end, also if the model is removed meanwhile.
+        self._model, launch_id = await self._traffic._enter(self._name, self._ask, self._asker, self._tell)
+        if self._model.is_stuck_with(self._ask):
+            try:
+                await self._traffic._make_room(self._model, self._ask)
+            except BaseException:
+                self._traffic._give_back(self._model, self._ask)
+                raise
+        return launch_id
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        self._traffic._give_back(self._model, self._ask)
 
 
 def _has_news(waiter: _Waiter) -> None:

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import settings
-from orchestrator.api.app import users_app
-from orchestrator.api.openai import forwarded_routes
+from orchestrator.api.app import UsersApp
+from orchestrator.api.openai import forwarded
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.server import Server
+from orchestrator.api.upstream import Upstreams
 from orchestrator.control.traffic import Door, Traffic
-from orchestrator.daemon import _server
 from tests.api.rawclient import Client, connected
 from tests.api.upstream import Upstream, scripted
 from tests.support.eventually import eventually
@@ -45,15 +45,16 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096)
     async with contextlib.AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(scripted(folder / "engine.sock"))
         traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
-        proxy = Proxy(traffic, lambda name: name, lambda launch_id: str(upstream.path), 1 << 20)
+        upstreams = Upstreams(lambda launch_id: str(upstream.path))
+        proxy = Proxy(traffic, lambda name: name, upstreams, 1 << 20)
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        server = _server(users_app([], list(forwarded_routes(proxy)), None, None), settings.Settings())
+        server = Server(UsersApp([], forwarded(proxy), None, None), access_log=False)
         serving = asyncio.create_task(server.serve([public]))
 
         async def stop() -> None:
-            server.should_exit = server.force_exit = True
+            server.stop(at_once=True)
             await asyncio.wait_for(serving, DEADLINE_S)
-            await proxy.forget_all_but(())
+            upstreams.tidy(())
 
         stack.push_async_callback(stop)
         yield Doorway(public.getsockname(), traffic, upstream)

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import settings
 from orchestrator.api.admin import About, Admin
-from orchestrator.api.app import operators_app, users_app
-from orchestrator.api.openai import forwarded_routes, models_router
+from orchestrator.api.app import UsersApp, operators_app
+from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.server import Server
+from orchestrator.api.upstream import Upstreams
 from orchestrator.control.observe import Observer
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
 from orchestrator.control.traffic import Traffic
-from orchestrator.daemon import _server
 from orchestrator.drivers import vllm
 from orchestrator.drivers.sources import Sources
 from orchestrator.drivers.store import SqliteStore
@@ -197,7 +197,8 @@ async def house(
         registry = Registry(store, Sources({}), models, ["default"], rules)
         await registry.load()
         traffic = Traffic(wake.set, max_wait_s)
-        proxy = Proxy(traffic, registry.resolve, lambda launch_id: str(upstream.path), max_body_bytes)
+        upstreams = Upstreams(lambda launch_id: str(upstream.path))
+        proxy = Proxy(traffic, registry.resolve, upstreams, max_body_bytes)
         loop = Reconciler(registry, traffic, engines, Observer(Cards(), engines, traffic.seen, time.monotonic), store, rules, 0.05, wake)
         about = About(
             listen=lambda: "http://127.0.0.1:1",
@@ -215,10 +216,9 @@ async def house(
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))
         private.listen()
-        config = settings.Settings()
         servers = [
-            (_server(users_app([models_router(registry, loop, lambda: 1.5e9)], list(forwarded_routes(proxy)), admin, key), config), public),
-            (_server(operators_app(admin), config), private),
+            (Server(UsersApp([models_router(registry, loop, lambda: 1.5e9)], forwarded(proxy), admin, key), access_log=False), public),
+            (Server(operators_app(admin), access_log=False), private),
         ]
         for _ in range(4):  # wanted, waiting, starting, ready
             await loop.tick()
@@ -227,11 +227,11 @@ async def house(
 
         async def stop() -> None:
             for server, _ in servers:
-                server.should_exit = server.force_exit = True
+                server.stop(at_once=True)
             await asyncio.wait_for(asyncio.gather(*serving), DEADLINE_S)
             looping.cancel()
             await asyncio.wait([looping])
-            await proxy.forget_all_but(())
+            upstreams.tidy(())
             await loop.settle()
 
         stack.push_async_callback(stop)

@@ -62,7 +62,7 @@ async def test_headers_of_this_hop_and_secrets_stay_here(folder: Path) -> None:
 
 
 async def test_nothing_is_added_that_the_client_did_not_say(folder: Path) -> None:
-    """An Accept-Encoding of aiohttp's own would let an engine answer in gzip to a client that cannot read it."""
+    """An Accept-Encoding of ours would let an engine answer in gzip to a client that cannot read it."""
     async with house(folder, QWEN) as at, at.client() as client:
         await client.send(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY))
         exchange = await at.upstream.request()
@@ -153,6 +153,9 @@ async def test_a_slow_reader_holds_the_engine_back_and_loses_nothing(folder: Pat
         await exchange.end()
 
     async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)  # so that the connection is a kept one, before and after
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
         blocked: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         await client.request(CHAT, BODY)
         exchange = await at.upstream.request()
@@ -165,6 +168,53 @@ async def test_a_slow_reader_holds_the_engine_back_and_loses_nothing(folder: Pat
         finishing = asyncio.ensure_future(finish())
         assert sum([len(chunk) async for chunk in client.chunks()]) == blocks * len(block)
         await finishing
+        await client.request(CHAT, BODY)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
+        assert at.upstream.connections == 1
+
+
+async def test_an_engines_last_words_that_fill_the_way_leave_a_connection_that_still_reads(folder: Path) -> None:
+    last = b"x" * (8 << 20)  # more than the sockets between the two hold
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        exchange = await at.upstream.request()
+        await exchange.stream()
+        exchange.writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(last), last))
+        assert (await client.head()).status == 200
+        assert sum([len(chunk) async for chunk in client.chunks()]) == len(last)
+        exchange.over.set()
+        await client.request(CHAT, BODY)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
+        assert at.upstream.connections == 1
+
+
+async def test_a_kept_connection_that_ends_in_the_moment_of_its_use_is_tried_once_more(folder: Path) -> None:
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
+        await client.request(CHAT, BODY)
+        (await at.upstream.request()).die()  # nothing had come back
+        again = await at.upstream.request()
+        assert (again.body, at.upstream.connections) == (BODY, 2)
+        again.die()  # a new connection: once is enough
+        assert (await client.answer()).status == 502
+        await at.until_counts("org/qwen", 0, 0)
+
+
+async def test_a_kept_connection_that_ends_in_mid_answer_is_not_tried_again(folder: Path) -> None:
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
+        await client.request(CHAT, BODY)
+        exchange = await at.upstream.request()
+        await exchange.send(b"HTTP/1.1 200 OK\r\nContent-")
+        exchange.die()
+        assert (await client.answer()).status == 502
+        assert at.upstream.connections == 1
 
 
 async def test_an_engine_that_dies_before_the_first_byte_is_a_502(folder: Path) -> None:
@@ -225,3 +275,31 @@ async def test_an_engine_that_speaks_no_http_is_a_502(folder: Path) -> None:
         exchange = await at.upstream.request()
         await exchange.send(b"\x00\x01\x02 nonsense\r\n\r\n")
         assert (await client.answer()).error["code"] == "engine_error"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_an_engine_that_says_more_than_its_answer_is_not_believed_again(folder: Path, at_once: bool) -> None:
+    """What it says next would be taken for the next request's answer, and be another person's."""
+    whole, more = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", b'HTTP/1.1 500 No\r\nContent-Length: 9\r\n\r\n{"n": 99}'
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        exchange = await at.upstream.request()
+        await exchange.send(whole + more if at_once else whole)
+        answer = await client.answer()
+        assert (answer.status, answer.body) == (200, b"{}")
+        if not at_once:
+            await exchange.send(more)
+        await exchange.left()
+        await client.request(CHAT, BODY)
+        await (await at.upstream.request()).answer(200, b'{"n":1}')
+        assert (await client.answer()).json == {"n": 1}
+
+
+async def test_interim_answers_are_passed_over(folder: Path) -> None:
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        exchange = await at.upstream.request()
+        await exchange.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        await exchange.answer(200, b"{}")
+        answer = await client.answer()
+        assert (answer.status, answer.header(b"link")) == (200, None)

@@ -18,7 +18,7 @@ LOCAL = ("127.0.0.1", 5)
 
 
 def patience(*headers: tuple[bytes, bytes], body: bytes = BODY) -> float | None:
-    return read({"headers": headers, "path": CHAT, "client": LOCAL}, body).asker.patience_s
+    return read({"path": CHAT, "client": LOCAL}, dict(headers), body).asker.patience_s
 
 
 @pytest.mark.parametrize("name", [b"x-stainless-read-timeout", b"x-stainless-timeout", b"x-request-timeout"])
@@ -89,10 +89,10 @@ async def test_a_header_for_us_that_is_wrong_is_a_400_with_the_mend(folder: Path
 
 @pytest.mark.parametrize("value", [b"-8", b"8", b"+3", b"-0"])
 def test_priorities_that_are_right(value: bytes) -> None:
-    with_it = read({"headers": [(b"x-priority", value)], "path": CHAT, "client": LOCAL}, BODY)
+    with_it = read({"path": CHAT, "client": LOCAL}, {b"x-priority": value}, BODY)
     assert with_it.asker.priority == int(value)
     with pytest.raises(BadRequest):
-        read({"headers": [(b"x-priority", value + b"0")], "path": CHAT, "client": LOCAL}, BODY)
+        read({"path": CHAT, "client": LOCAL}, {b"x-priority": value + b"0"}, BODY)
 
 
 @pytest.mark.asyncio

@@ -54,7 +54,32 @@ async def test_an_open_door_lets_in_at_once_and_a_lease_comes_back(doors: Doors)
     doors.clock.now += 5
     await request.finish()
     assert replace(doors.traffic.seen()["a"], arrivals=0.0) == TrafficSeen(0, 0, last_used=doors.clock.now)
-    assert doors.wakes == 1  # a draining model may end now
+    assert doors.wakes == 0  # nothing that the loop must see at once
+
+
+@pytest.mark.asyncio
+async def test_the_last_lease_of_a_door_that_was_shut_wakes_the_loop(doors: Doors) -> None:
+    """A draining model may end now."""
+    doors.door()
+    first, last = await doors.request(), await doors.request()
+    doors.door(None)
+    await first.finish()
+    assert doors.wakes == 0
+    await last.finish()
+    assert doors.wakes == 1
+
+
+@pytest.mark.asyncio
+async def test_the_last_lease_of_a_model_wakes_the_loop_where_somebody_waits_at_another_door(doors: Doors) -> None:
+    """Its room may be what that one waits for."""
+    doors.traffic.publish({"a": Door("one"), "b": Door(None)})
+    running = await doors.request()
+    waiting = Request(doors.traffic, "b")
+    await turns()
+    doors.wakes = 0
+    await running.finish()
+    assert doors.wakes == 1
+    await waiting.cancel()
 
 
 @pytest.mark.asyncio
