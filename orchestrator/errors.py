@@ -15,7 +15,7 @@
     ├── StoreError              503  the state file can not be written now; nothing was changed
     ├── ModelUnavailable        503  with Retry-After where waiting helps
     ├── NotInTime               503  the model will not be ready before the client gives up; told at once, with when to come back
-    └── WaitTimeout             504
+    └── WaitTimeout             503  it was not ready while the client waited; with when to come back
 
 Only the class decides the status; api/error_body.py formats, nothing else chooses.
 """
@@ -151,5 +151,7 @@ class NotInTime(OrchestratorError):
 
 
 class WaitTimeout(OrchestratorError):
-    status = 504
+    """It has waited to the end. No 504: nothing upstream was asked, and who comes back in Retry-After is served."""
+
+    status = 503
     code = "timeout"

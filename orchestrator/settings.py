@@ -70,7 +70,7 @@ class Loop(Section):
 
 class Requests(Section):
     max_body: Size = Field(64 * MIB, ge=1024, description="A larger request body is refused with 413.")
-    max_wait: Duration = Field(600.0, description="How long a request may wait for its model (504 after that).")
+    max_wait: Duration = Field(600.0, description="How long a request may wait for its model (503 and Retry-After after that).")
     max_queue: int = Field(4096, ge=1, description="How many may wait, for all models together (429 above that).")
     drain_timeout: Duration = Field(60.0, description="How long a model that is being stopped may finish its requests.")
 

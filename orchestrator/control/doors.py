@@ -5,11 +5,11 @@ Pure: the loop's plan in, a Door out. How long it will take is what the model ha
 
 from orchestrator.control.traffic import Door
 from orchestrator.errors import ModelNotFound, ModelUnavailable
-from orchestrator.policy.admission import START_S
 from orchestrator.policy.decide import Plan
 from orchestrator.policy.footprint import fitting_tokens
 from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.lifecycle import Known
+from orchestrator.policy.resident import START_S
 from orchestrator.policy.snapshot import Snapshot
 
 SHUT_S = 60.0  # Retry-After where only an operator can change it
@@ -57,7 +57,7 @@ def _remaining_s(instance: Instance, model: Known, now: float) -> float:
         case State.ASLEEP:
             return until_turn + footprint.wake_s
         case State.DRAINING if instance.sent_at is not None:
-            return footprint.sleep_s + footprint.wake_s - passed
+            return (footprint.sleep_again_s if instance.slept else footprint.sleep_s) + footprint.wake_s - passed
     return until_turn + start_s
 
 

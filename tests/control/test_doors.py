@@ -16,7 +16,7 @@ from orchestrator.policy.snapshot import EngineSeen, Snapshot
 NOW = 1000.0
 S = State
 SPEC = ModelSpec(name="m", source="org/m", max_queue=7)
-KNOWN = Known(SPEC, Footprint("learned", start_s=20.0, wake_s=3.0, sleep_s=2.0))
+KNOWN = Known(SPEC, Footprint("learned", start_s=20.0, wake_s=3.0, sleep_s=2.0, sleep_again_s=1.0))
 LAUNCH = Launch("l1", "orch-m-l1", SPEC, ("GPU-0",), 1, 1, 1, expected_start_s=20.0)
 SEEN = EngineSeen("l1", alive=True, phase="loading weights")
 
@@ -40,6 +40,7 @@ def found(state: State, known: Known = KNOWN, ago: float = 5.0, **fields: Any) -
         (S.WAKING, {"ago": 1.0}, 2, "waking, because"),
         (S.DRAINING, {}, 20, "draining, because"),
         (S.DRAINING, {"sent_at": NOW, "ago": 1.0}, 4, "draining, because"),
+        (S.DRAINING, {"sent_at": NOW, "ago": 1.0, "slept": True}, 3, "draining, because"),
         (S.STOPPING, {}, 20, "stopping, because"),
         (S.BACKOFF, {"retry_at": NOW + 16}, 36, "backoff, because"),
     ],

@@ -26,7 +26,7 @@ async def test_waiting_too_long_leaves_no_trace(max_wait_s: float, patience_s: f
     hall.clock.now += 5
     with pytest.raises(WaitTimeout, match=whose) as error:
         await request.task
-    assert (error.value.status, error.value.retry_after_s) == (504, 17)
+    assert (error.value.status, error.value.retry_after_s) == (503, 17)
     assert hall.counts() == (0, 0)
     await hall.door()
     assert hall.counts() == (0, 0)
