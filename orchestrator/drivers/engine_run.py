@@ -182,7 +182,10 @@ class Run:
 
 def from_record(record: Mapping[str, Any], folder: Path, notify: Callable[[], None]) -> Run:
     launch = dict(record["launch"])
-    launch["spec"] = ModelSpec.model_validate(launch["spec"])
+    try:
+        launch["spec"] = ModelSpec.model_validate(launch["spec"])
+    except ValueError:  # of another version: its model is not known any more, so all that is left to do is to end it
+        launch["spec"] = ModelSpec.model_construct(**launch["spec"])
     launch["gpus"] = tuple(launch["gpus"])
     run = Run(Launch(**launch), folder, Path(record["log"]), notify, adopted=True)
     if record["process"] and record["boot"] == processes.boot_id():

@@ -31,6 +31,7 @@ from orchestrator.policy.snapshot import EngineSeen, Segment
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
+HEALTH_POLL_S = 0.02  # somebody waits for it; a look at a socket that nobody listens at takes 0.2 ms
 SEGMENT_TIMEOUT_S = 10.0  # kvcached makes its segment before the server answers; a plain vLLM never does
 KEPT_LOGS = 5  # of earlier launches of the same model
 
@@ -167,7 +168,9 @@ class Launcher:
         run.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._drop_old_logs(launch.spec.name)
         await self._records.put_engine(launch.id, run.record())
-        run.has(*await self._process(run, venv))
+        process, child = await self._process(run, venv)
+        run.started_at = time.monotonic()  # what it shows of its start is learned: the launch server's imports are no part of it
+        run.has(process, child)
         await self._records.put_engine(launch.id, run.record())
         self._notify()
 
@@ -188,13 +191,16 @@ class Launcher:
     async def _until_ready(self, run: Run) -> None:
         """READY means: healthy, the right model, a token answered, kvcached seen at work, and our calls answered in the engine."""
         run.api = api = EngineApi(run.socket)
+        looked_at = 0.0
         while not (run.socket.exists() and await api.healthy()):
             if not run.alive:
                 raise EngineFailed(run.how_it_ended())
-            run.read_log()
-            if run.process is not None:  # all of /proc is walked for it: not on the event loop
-                run.pids = run.pids | await asyncio.to_thread(processes.members, run.process)
-            await asyncio.sleep(POLL_S)
+            if time.monotonic() - looked_at >= POLL_S:
+                run.read_log()
+                if run.process is not None:  # all of /proc is walked for it: not on the event loop
+                    run.pids = run.pids | await asyncio.to_thread(processes.members, run.process)
+                looked_at = time.monotonic()
+            await asyncio.sleep(HEALTH_POLL_S)
         run.reach("probing")
         if run.model not in (names := await api.names()):
             raise EngineFailed(f"the engine serves {names}, not {run.model!r}")

@@ -6,6 +6,7 @@ observed state (engines, footprints, events) are separate tables.
 
 import asyncio
 import json
+import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from pydantic import ValidationError
 from orchestrator.errors import StoreError
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
+
+log = logging.getLogger(__name__)
 
 KEPT_EVENTS = 20_000
 MIGRATIONS = (  # user_version N: the first N were run; a new one is added at the end and none is ever changed
@@ -49,17 +52,24 @@ class SqliteStore:
 
     async def load(self) -> Stored:
         def read(db: sqlite3.Connection) -> Stored:
-            rows = db.execute("SELECT spec FROM models ORDER BY added_at, name").fetchall()
-            try:
-                models = tuple(ModelSpec.model_validate_json(spec) for (spec,) in rows)
-            except ValidationError as error:
-                raise StoreError(f"{self._path} holds a model that this version does not understand: {error}") from None
+            rows = db.execute("SELECT name, spec FROM models ORDER BY added_at, name").fetchall()
+            models = tuple(spec for name, text in rows if (spec := self._understood(name, text)))
             held = frozenset(name for (name,) in db.execute("SELECT name FROM held"))
             overrides = {name: json.loads(text) for name, text in db.execute("SELECT name, fields FROM overrides")}
             footprints = {key: json.loads(text) for key, text in db.execute("SELECT key, figures FROM footprints")}
             return Stored(models, held, overrides, footprints)
 
         return await self._run(read)
+
+    def _understood(self, name: str, text: str) -> ModelSpec | None:
+        """None for one of another version: the others are served all the same, and it stays here for the version that wrote it."""
+        try:
+            return ModelSpec.model_validate_json(text)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'spec'}: {fault['msg']}" for fault in error.errors())
+            mend = "add it anew as `orchestratorctl add-model` takes it"
+            log.warning("%s: NOT USED: %s holds it in a way that this version does not understand: %s; %s", name, self._path, wrong, mend)
+            return None
 
     async def put_model(self, spec: ModelSpec, added_at: float) -> None:
         """A new model. One of that name may be left here, or what was changed of one in a config file: all of it is forgotten."""

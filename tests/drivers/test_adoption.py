@@ -97,6 +97,16 @@ async def test_a_dead_engine_is_not_adopted_but_cleaned_up_after(shop: Workshop)
     assert shop.leftovers(launch) == []
 
 
+async def test_an_engine_whose_spec_another_version_wrote_is_taken_over_to_be_ended(shop: Workshop) -> None:
+    launch = await shop.started()
+    shop.records.kept[launch.id]["launch"]["spec"]["name"] = "x/logs"
+    await shop.restart()
+    (found,) = await shop.launcher.adopt()
+    assert (found.id, found.spec.name) == (launch.id, "x/logs")
+    await shop.stopped(launch)
+    assert shop.leftovers(launch) == []
+
+
 async def test_an_engine_whose_api_server_died_meanwhile_leaves_no_orphan(shop: Workshop) -> None:
     launch = await shop.started()
     pid, core = shop.pid(launch), shop.core(launch)

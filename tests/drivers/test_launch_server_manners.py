@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from orchestrator.drivers import launch_server, processes, vllm
+from orchestrator.drivers import launch_control, launch_server, processes, vllm
 from tests.support.eventually import DEADLINE_S, eventually, eventually_now
 from tests.support.probes import PROBE, Bench, said, zombies
 from tests.support.simulated import Workshop
@@ -192,6 +193,23 @@ async def test_a_server_that_stands_still_costs_no_launch(forking: Workshop, mon
     status = (await forking.launcher.launch_servers())["default"]
     assert (status["state"], status["forks"]) == ("failed", 1)
     assert "it said nothing for 0.2 s" in status["reason"]
+
+
+async def test_a_start_is_timed_from_when_the_server_could_fork_it(forking: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported, ready = asyncio.Event(), launch_control.Control.ready
+
+    async def late(control: launch_control.Control, timeout_s: float) -> None:
+        await imported.wait()
+        await ready(control, timeout_s)
+
+    monkeypatch.setattr(launch_control.Control, "ready", late)
+    launch = forking.start()
+    await eventually(lambda: launch.id in forking.records.kept, "it waits for the server")
+    waited = forking.seen(launch)
+    done = time.monotonic()
+    imported.set()
+    await eventually(lambda: forking.seen(launch).ready, "ready")
+    assert waited.started_at < done <= forking.seen(launch).started_at
 
 
 async def test_stopped_while_the_server_still_imports(forking: Workshop) -> None:

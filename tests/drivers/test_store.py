@@ -162,15 +162,22 @@ async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         await SqliteStore(tmp_path / "no/state.db").open()
 
 
-async def test_a_model_that_this_version_does_not_understand_is_named(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"), [("kv_weight", "heavy", "kv_weight"), ("name", "b/logs", "ends with a word of the admin API")]
+)
+async def test_a_model_that_this_version_does_not_understand_is_named_and_not_used(
+    path: Path, caplog: pytest.LogCaptureFixture, field: str, value: str, wrong: str
+) -> None:
     async with opened(path) as store:
         await store.put_model(spec("a"), 1.0)
+        await store.put_model(spec("b"), 2.0)
         with contextlib.closing(sqlite3.connect(path)) as db, db:
-            db.execute("UPDATE models SET spec = json_set(spec, '$.kv_weight', 'heavy')")
-        with pytest.raises(StoreError, match="does not understand") as error:
-            await store.load()
-        assert "kv_weight" in error.value.message
-        assert str(path) in error.value.message
+            db.execute(f"UPDATE models SET spec = json_set(spec, '$.{field}', ?) WHERE name = 'b'", (value,))
+        assert [model.name for model in (await store.load()).models] == ["a"]
+    (said,) = caplog.messages
+    assert said.startswith("b: NOT USED: ")
+    assert wrong in said
+    assert str(path) in said
 
 
 async def test_a_file_that_may_not_be_written_changes_nothing(path: Path) -> None:
