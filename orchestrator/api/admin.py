@@ -30,6 +30,7 @@ from orchestrator.policy.model import ModelSpec
 
 LOOK_TIMEOUT_S = 5.0  # a look takes milliseconds, 2 s where the driver hangs
 VERBS = ("start", "stop", "load", "unload", "sleep", "wake", "drain", "pin", "unpin")
+COULD_DRAIN = frozenset({State.READY, State.DRAINING, State.STOPPING})  # with requests; without them it can be unloaded in any state
 COULD_SLEEP = frozenset({State.READY, State.DRAINING, State.ASLEEP, State.WAKING})
 
 
@@ -123,7 +124,7 @@ class Admin:
     async def plan(self, name: str) -> Json:
         """What loading it would do now, and nothing done."""
         name = self._registry.resolve(name)
-        return projections.plan(name, self._loop.preview(name))
+        return projections.plan(name, self._loop.preview(name), self._registry.get(name).held)
 
     async def watch(self, name: str, request: Request) -> StreamingResponse:
         """The model now and at each change, a JSON object a line, until it is gone."""
@@ -229,17 +230,23 @@ class Admin:
 
     async def drain(self, name: str) -> Json:
         name = self._registry.resolve(name)
+        instance, waiting = projections.instance(name, self._loop.view), self._loop.requests(name).waiting
+        if waiting and (instance.state not in COULD_DRAIN or instance.sent_at is not None) and not self._registry.get(name).held:
+            state = "falling asleep" if instance.sent_at is not None else instance.state.value
+            wait = f"{waiting} request{'s wait' if waiting > 1 else ' waits'} for it"
+            instead = f"drain it when it is ready, or `orchestratorctl stop {name}` turns them away"
+            raise Conflict(f"{name!r} is {state}, and {wait}, which would only bring it back: {instead}.", param="name", code="busy")
         self._registry.drain(name)
         return self._noted(name, "drain")
 
     async def pin(self, name: str) -> Json:
         name = self._registry.resolve(name)
-        await self._registry.limit(name, {"pinned": True}, projections.gpus(self._loop.view))
+        await self._registry.pin(name, True, projections.gpus(self._loop.view))
         return self._noted(name, "pin")
 
     async def unpin(self, name: str) -> Json:
         name = self._registry.resolve(name)
-        await self._registry.limit(name, {"pinned": False}, projections.gpus(self._loop.view))
+        await self._registry.pin(name, False, projections.gpus(self._loop.view))
         return self._noted(name, "unpin")
 
     def _noted(self, name: str, verb: str) -> Json:

@@ -144,6 +144,7 @@ def _footprint(footprint: Footprint) -> Json:
         "asleep_bytes": footprint.asleep_bytes,
         "host_bytes": footprint.host_bytes,
         "sleep_s": footprint.sleep_s,
+        "sleep_again_s": footprint.sleep_again_s,
         "wake_s": footprint.wake_s,
     }
 
@@ -159,9 +160,11 @@ def event(happened: Event) -> Json:
     return {"at": happened.at, "kind": happened.kind, "reason": happened.reason}
 
 
-def plan(name: str, found: Preview) -> Json:
+def plan(name: str, found: Preview, held: bool) -> Json:
+    """`held`: an operator stopped it, so `load` is refused; the rest is what `start` would do."""
     return {
         "model": name,
+        "held": held,
         "fits": found.fits,
         "why": found.why,
         "need_bytes": found.need_bytes,
@@ -213,12 +216,13 @@ def _budget(gpu: GpuReading, view: View) -> Json:
 
 
 def host(known: Models, view: View | None, budget_bytes: int | None) -> Json:
-    """Host memory of those that sleep, counted as the budget counts it: measured, or else as it was estimated."""
+    """Host memory of those that sleep, and of those that have slept and keep it, as the budget counts it: measured, or else estimated."""
     held = 0
     for found in view.plan.instances.values() if view else ():
-        if view and found.state is State.ASLEEP and found.launch:
+        if view and found.launch:
             seen, registered = view.snapshot.engines.get(found.launch.id), known.get(found.model)
-            held += (seen.host_bytes if seen else 0) or (registered.footprint.host_bytes if registered else 0)
+            guess = registered.footprint.host_bytes if registered and found.state is State.ASLEEP else 0
+            held += (seen.host_bytes if seen and not seen.gone else 0) or guess
     return {"sleepers_bytes": held, "budget_bytes": budget_bytes}
 
 

@@ -4,7 +4,7 @@ import click
 
 from orchestrator.cli import options, screen
 from orchestrator.cli.describe import bare
-from orchestrator.cli.exits import BUSY, Json
+from orchestrator.cli.exits import BUSY, Json, hint
 from orchestrator.cli.tables import seconds, size, table
 
 COLUMNS = ("STEP", "MODEL", "BYTES", "SECONDS", "WHY")
@@ -21,7 +21,8 @@ def plan(ctx: click.Context, call: options.Call, what: str, name: str) -> None:
 
     BYTES are those of each GPU: `+` is given back by a step, `-` is taken. SECONDS are what the models have shown, or an
     estimate. Steps: `limit` lowers another model's KV limit, `sleep` and `stop` send an idle model away, `wake` or `start`
-    brings this one. Exit code 0 if it fits, now or after these steps; 75 if it does not fit now.
+    brings this one. Exit code 0 if it fits, now or after these steps; 75 if it does not fit now, or if `stop` holds it down:
+    then these are the steps of `start`.
 
     \b
     Examples:
@@ -37,7 +38,7 @@ def plan(ctx: click.Context, call: options.Call, what: str, name: str) -> None:
         screen.out_json(found)
     else:
         screen.out(page(found))
-    if found.get("fits") == "later":
+    if found.get("fits") == "later" or found.get("held"):
         ctx.exit(BUSY)
 
 
@@ -47,6 +48,8 @@ def page(found: Json) -> str:
     if need := found.get("need"):
         parts = " + ".join(f"{part} {size(amount)}" for part, amount in need.items())
         lines.append(f"{found.get('model')} needs {size(found.get('need_bytes'))} on each of its GPUs: {parts}")
+    if found.get("held"):
+        lines.append(f"an operator stopped it: `load` is refused; {hint('start', str(found.get('model')))} does this")
     return "\n".join([*lines, _verdict(found)])
 
 

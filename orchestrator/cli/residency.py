@@ -115,6 +115,7 @@ def drain(call: options.Call, names: tuple[str, ...], no_wait: bool, timeout: fl
     """Let models finish their requests, then unload them.
 
     Waits until their memory is free. No request is cut. Those that come meanwhile wait, and start the model again when it has gone.
+    A model that is not ready yet, and that requests wait for, is refused (exit code 75): it has nothing to finish.
 
     \b
     Examples:

@@ -8,6 +8,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -18,12 +19,19 @@ from orchestrator.policy.admission import reserve_bytes
 from orchestrator.policy.footprint import Footprint, estimate, floor_bytes, request_bytes
 from orchestrator.policy.lifecycle import NEVER, Known, Rules, Want
 from orchestrator.policy.model import ModelSpec
-from orchestrator.policy.placement import allowed, never_fits
+from orchestrator.policy.placement import allowed, never_fits, wanted_gpus
 from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.units import show_bytes
 
 LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
 RUNTIME_FIELDS = (*LIMIT_FIELDS, "pinned")
+
+
+class Venv(Protocol):
+    """What an engine venv gives all its engines: vLLM arguments, before those of their specs."""
+
+    @property
+    def args(self) -> Sequence[str]: ...
 
 
 class Registry:
@@ -32,16 +40,18 @@ class Registry:
         store: Store,
         sources: Sources,
         file_specs: Iterable[ModelSpec],
-        engines: Iterable[str],
+        engines: Iterable[str] | Mapping[str, Venv],
         rules: Rules,
         clock: Callable[[], float] = time.monotonic,
         versions: Callable[[str], str] = lambda engine: "",
     ) -> None:
-        """`versions`: an engine's name -> what its venv holds: what was learned with one version says nothing of the next."""
+        """`engines`: by name, or names alone where they give no arguments. `versions`: an engine's name -> what its venv holds: what was
+        learned with one version says nothing of the next."""
         self._store, self._sources, self._rules, self._clock = store, sources, rules, clock
         self._file_specs = tuple(file_specs)
         self._versions = versions
         self._engines = frozenset(engines)
+        self._args = {name: tuple(venv.args) for name, venv in engines.items()} if isinstance(engines, Mapping) else {}
         self._changing = asyncio.Lock()  # one change at a time: what was checked still holds when the disk has answered
         self._learned: dict[str, Mapping[str, float]] = {}
         self._known: dict[str, Known] = {}
@@ -150,6 +160,11 @@ class Registry:
             await self._store.set_overrides(name, overrides)
             self._put(replace(self._known[name], spec=spec, overrides=overrides))
 
+    async def pin(self, name: str, pinned: bool, gpus: Sequence[GpuReading]) -> None:
+        """Also for later runs; nothing is kept where its spec says the same."""
+        base = self._bases[self.resolve(name)]
+        await self.limit(name, {"pinned": None if base.pinned == pinned else pinned}, gpus)
+
     async def learn(self, learned: Learn) -> None:
         """Keep what an engine has shown, for every model that would be started alike."""
         model = self._known.get(learned.model)
@@ -161,8 +176,7 @@ class Registry:
         await self._store.put_footprint(key, figures)
 
     def _key(self, footprint_key: str, engine: str) -> str:
-        version = self._versions(engine)
-        return f"{footprint_key} {version}" if version else footprint_key
+        return " ".join(part for part in (footprint_key, self._versions(engine), *self._args.get(engine, ())) if part)
 
     def source_problems(self) -> list[Problem]:
         """Registered models whose source is not there now: worth a warning at start, not a refusal (a disk may be mounted later)."""
@@ -175,7 +189,9 @@ class Registry:
             self._by_name[name] = model.spec.name
 
     def _footprint(self, spec: ModelSpec) -> Footprint:
-        return estimate(spec, self._sources.shape(spec)).learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
+        args = (*self._args.get(spec.engine, ()), *spec.args)  # as it is started: its own come later, and so win
+        estimated = estimate(spec.model_copy(update={"args": args}), self._sources.shape(spec))
+        return estimated.learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
 
     def _refuse_taken(self, spec: ModelSpec) -> None:
         for name in (spec.name, *spec.aliases):
@@ -199,9 +215,7 @@ class Registry:
         for name in unknown:
             problems.append(Problem("gpus", f"no GPU here is {name!r}; there are: {here}"))
         if len(usable) < spec.tensor_parallel_size and not unknown:
-            problems.append(
-                Problem("tensor_parallel_size", f"{spec.tensor_parallel_size} GPUs wanted, {len(usable)} here: {here or 'none'}")
-            )
+            problems.append(Problem("tensor_parallel_size", f"{wanted_gpus(spec)}, {len(usable)} here: {here or 'none'}"))
         if problems:
             return problems
         return _ceiling_problems(spec, footprint) + self._size_problems("source", spec, footprint, gpus)

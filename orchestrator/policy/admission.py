@@ -5,25 +5,24 @@ bytes are claimed and the others' limits make room. Go: those bytes are seen fre
 A claim that nobody can honour any more (a foreign process came) is given up in the next look.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from orchestrator.policy import residency
 from orchestrator.policy.actions import Action, Sleep, Start, Stop, Wake
 from orchestrator.policy.division import Pool
-from orchestrator.policy.footprint import Footprint, floor_bytes
+from orchestrator.policy.footprint import floor_bytes
 from orchestrator.policy.instance import Instance, Launch, State, Then
-from orchestrator.policy.lifecycle import NEVER, Known, Rules, Want, can_sleep, wanted
+from orchestrator.policy.lifecycle import Known, Rules, Want, wanted
 from orchestrator.policy.model import slug
 from orchestrator.policy.placement import Placed, allowed, place, pressures, sets
-from orchestrator.policy.residency import Eviction, choose, over_host_budget
-from orchestrator.policy.resident import Aging, How, Resident, Waiter
+from orchestrator.policy.residency import Eviction, choose, over_host_budget, rather_stops
+from orchestrator.policy.resident import Aging, Resident, Waiter, has_slept, resident_of
 from orchestrator.policy.snapshot import GpuReading, Snapshot, TrafficSeen
 from orchestrator.policy.units import GIB, show_bytes
 
 KV_HEADROOM = 0.02  # kvcached stops mapping when less of the card is free (we set KVCACHED_GPU_UTILIZATION=0.98)
 REQUEST_TOKENS = 1000  # of a usual request, where only their number is known
-START_S = 30.0  # where a model has not shown how long it takes
 
 
 def reserve_bytes(gpu: GpuReading, rules: Rules) -> int:
@@ -74,7 +73,8 @@ class Admission:
         self.promised = dict.fromkeys(self.snapshot.gpus, 0)  # to those ahead in line, of bytes that are still on their way
         self.kept: dict[str, str] = {}
         self.leaving: list[residency.Victim] = []  # those that go now, by this look's word
-        found = (self._resident(i) for i in self.instances.values())
+        pools = {pool.launch_id: pool for pool in self.pools}
+        found = (resident_of(i, self.known.get(i.model), pools, self.snapshot) for i in self.instances.values())
         self.residents: tuple[Resident, ...] = tuple(r for r in found if r is not None)
         self.aging = self.aging.seen(self.residents)
         self.coming = {
@@ -83,10 +83,11 @@ class Admission:
 
     def run(self) -> None:
         self._put_to_sleep()
-        line = [(self._waiter(i), i) for i in self.instances.values() if self._waits(i)]
-        for waiter, instance in sorted(line, key=lambda each: (each[0].turn, each[0].model)):
+        found = [(self._waiter(i), i) for i in self.instances.values() if self._waits(i)]
+        line = sorted(found, key=lambda each: (each[0].turn, each[0].model))
+        for at, (waiter, instance) in enumerate(line):
             if self.instances[instance.model] is instance:  # else it was sent away for one ahead of it
-                self._serve(waiter, instance)
+                self._serve(waiter, instance, [behind for behind, _ in line[at + 1 :]])
         for victim in over_host_budget(self.residents, self.rules.host_budget_bytes, self.aging, self.snapshot.now):
             self._leave(victim)
 
@@ -118,7 +119,7 @@ class Admission:
             model.spec.priority,
         )
 
-    def _serve(self, waiter: Waiter, instance: Instance) -> None:
+    def _serve(self, waiter: Waiter, instance: Instance, behind: Sequence[Waiter]) -> None:
         if instance.reserved and instance.launch:  # judged anew
             for gpu in instance.launch.gpus:
                 self.claims.pop((instance.model, gpu), None)
@@ -130,7 +131,7 @@ class Admission:
             - self.promised[uuid]
             for uuid, gpu in self.readable.items()
         }
-        gpus, why = self._somewhere(waiter, instance, room, self.taken | self.kept.keys())
+        gpus, _ = self._somewhere(waiter, instance, room, self.taken | self.kept.keys())
         if gpus is not None:
             self._reserve(waiter, instance, gpus)
         elif self._somewhere(waiter, instance, room, self.kept.keys())[0] is not None:
@@ -138,12 +139,12 @@ class Admission:
         elif unreadable := self._unreadable(instance):
             self._stay(instance, unreadable)
         else:
-            self._make_room(waiter, instance, room, why)
+            self._make_room(waiter, instance, behind, room, self._somewhere(waiter, instance, room, frozenset())[1])
 
     def _somewhere(
         self, waiter: Waiter, instance: Instance, room: Mapping[str, int], besides: Set[str]
     ) -> tuple[tuple[str, ...] | None, str]:
-        """GPUs where it fits, or None and why."""
+        """GPUs where it fits, none of `besides`, or None and why."""
         free = {uuid: size for uuid, size in room.items() if uuid not in besides}
         if instance.state is State.ASLEEP:
             (gpus,) = waiter.places
@@ -179,8 +180,8 @@ class Admission:
             self.instances[instance.model] = instance.to(State.STARTING, now, reason, launch=launch, reserved=False, peak_bytes=0)
             self.actions.append(Start(launch, reason))
 
-    def _make_room(self, waiter: Waiter, instance: Instance, room: Mapping[str, int], why: str) -> None:
-        answer = choose(waiter, room, self.residents, self.aging, self.rules.host_budget_bytes, self.snapshot.now, self.kept)
+    def _make_room(self, waiter: Waiter, instance: Instance, behind: Sequence[Waiter], room: Mapping[str, int], why: str) -> None:
+        answer = choose(waiter, room, self.residents, self.aging, self.rules.host_budget_bytes, self.snapshot.now, self.kept, behind)
         if not isinstance(answer, Eviction):
             self.kept |= dict.fromkeys(answer.keep, waiter.model)
             said = "; ".join(part for part in (why, answer.reason) if part)
@@ -229,63 +230,24 @@ class Admission:
             launch, traffic = instance.launch, self.snapshot.traffic.get(instance.model, TrafficSeen())
             if instance.state is not State.DRAINING or instance.then is not Then.SLEEP or instance.sent_at is not None or launch is None:
                 continue
-            if traffic.in_flight or not self.taken.isdisjoint(launch.gpus):
-                continue
-            resident = next((r for r in self.residents if r.launch_id == launch.id), None)
-            if resident is not None and resident.host_bytes > self.rules.host_budget_bytes:
+            budget = self.rules.host_budget_bytes
+            if rather_stops(launch.id, self.residents, budget, self.aging, self.snapshot.now):
                 reason = f"{instance.reason}; asleep it would take more host memory than sleepers may have"
                 self.instances[instance.model] = replace(instance, then=Then.STOP, reason=reason)
+                self.residents = tuple(replace(r, leaving="stop") if r.launch_id == launch.id else r for r in self.residents)
+                continue
+            more = sum(max(0, r.host_bytes - r.host_held_bytes) for r in self.residents if r.launch_id == launch.id)
+            if sum(r.host_held_bytes for r in self.residents) + more > budget:
+                continue  # those that stop for it still hold theirs
+            if traffic.in_flight or not self.taken.isdisjoint(launch.gpus):
                 continue
             held = max((self.snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
             self.taken.update(launch.gpus)
-            self.instances[instance.model] = replace(instance, sent_at=self.snapshot.now, held_bytes=held)
+            slept = has_slept(self.snapshot.engines.get(launch.id))
+            self.instances[instance.model] = replace(instance, sent_at=self.snapshot.now, held_bytes=held, slept=slept)
             model = self.known.get(instance.model)
             level = max(1, (model.spec if model else launch.spec).sleep_level)
             self.actions.append(Sleep(launch.id, instance.model, level, instance.reason))
-
-    def _resident(self, instance: Instance) -> Resident | None:
-        launch = instance.launch
-        if launch is None or instance.state is State.WAITING:
-            return None
-        model = self.known.get(instance.model)
-        spec, footprint = (model.spec, model.footprint) if model else (launch.spec, Footprint("unknown"))
-        seen = self.snapshot.engines.get(launch.id)
-        traffic = self.snapshot.traffic.get(instance.model, TrafficSeen())
-        mapped = seen.segment.mapped_bytes if seen and seen.segment else 0
-        pool = next((p for p in self.pools if p.launch_id == launch.id), None)
-        least = pool.least if pool else 0
-        shown = min((self.snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
-        state, stopping = instance.state, instance.state is State.STOPPING
-        asleep = state is State.ASLEEP
-        fixed = max(0, shown - mapped) if shown else footprint.asleep_bytes if asleep else footprint.ready_bytes
-        leaving: How | None = None
-        if stopping or state is State.DRAINING:
-            leaving = "sleep" if instance.then is Then.SLEEP else "stop"
-        sleeps = can_sleep(spec, instance) and launch.spec.sleep_level > 0 and not asleep and not stopping
-        bundle = pool.bundle_bytes if pool else 0
-        arriving = state in (State.STARTING, State.WAKING)
-        expected = (footprint.start_s or START_S) if state is State.STARTING else footprint.wake_s
-        used = max(traffic.last_used if traffic.last_used is not None else NEVER, model.started_at if model else NEVER)
-        return Resident(
-            model=instance.model,
-            launch_id=launch.id,
-            gpus=launch.gpus,
-            held_bytes=shown if stopping else fixed + least,
-            sleep_frees_bytes=max(0, fixed - footprint.asleep_bytes + max(0, least - bundle)) if sleeps else 0,
-            host_bytes=(seen.host_bytes if seen else 0) or footprint.host_bytes,
-            since=max(self.snapshot.now, instance.since + expected) if arriving else instance.ready_since or instance.since,
-            min_residency_s=spec.min_residency,
-            last_used=used if used > NEVER else instance.since,
-            arrivals=traffic.arrivals,
-            wake_s=footprint.wake_s,
-            start_s=footprint.start_s or START_S,
-            priority=spec.priority,
-            asleep=asleep,
-            arriving=arriving,
-            leaving=leaving,
-            busy=traffic.in_flight + traffic.waiting > 0,
-            pinned=spec.pinned,
-        )
 
     def _launch(self, name: str, gpus: tuple[str, ...]) -> Launch:
         model = self.known[name]

@@ -2,7 +2,7 @@
 
 The constants were measured on an H200 with vLLM 0.24.0 + kvcached 0.1.6 (0.5B, 1.5B and 7B, bf16): context and workspaces
 about 1.0 GiB, profiling leaves about 2 GiB in PyTorch's cache for every size until it is emptied; asleep 1.2 to 2.0 GiB, awake again
-after 0.03 to 0.33 s.
+after 0.03 to 0.33 s. Each engine's first sleep pins host memory for its weights and takes 0.7 to 20 s, its later ones 0.3 s.
 """
 
 import math
@@ -21,7 +21,8 @@ PROFILE_BYTES = int(2.2 * GIB)
 GRAPH_BYTES = int(1.5 * GIB)
 FALLBACK_FLOOR_BYTES = 1 * GIB  # where the shape is unknown
 FLOOR_TOKENS = 8192  # of the default floor; a larger request raises its model's floor while it is there
-SECONDS = ("start_s", "sleep_s", "wake_s")
+FIRST_SLEEP_S_PER_GIB = 17 / 14.2  # of weights, pinned by an engine's first sleep at level 1: 17 s for a 7B (H200)
+SECONDS = ("start_s", "sleep_s", "sleep_again_s", "wake_s")
 LEARNED = (*SECONDS, "start_bytes", "ready_bytes", "asleep_bytes", "host_bytes")
 FLOOR_MARGIN_BUNDLES = 2  # kvcached pins one bundle for its null block, and retires pages late
 
@@ -43,6 +44,7 @@ class Footprint:
     """Bytes per GPU, KV not counted. `known` is False where nothing could be read: then nothing is refused for its size.
 
     start_bytes: at most while it starts. ready_bytes, asleep_bytes: then. host_bytes: of host memory, in all, while it sleeps.
+    sleep_s: an engine's first sleep, which pins that host memory; sleep_again_s: later ones of the same engine.
     """
 
     source: str  # "estimated", "learned" or "unknown"
@@ -56,6 +58,7 @@ class Footprint:
     asleep_bytes: int = CONTEXT_BYTES + CONTEXT_BYTES // 2
     host_bytes: int = 0
     sleep_s: float = 1.0
+    sleep_again_s: float = 1.0
     wake_s: float = 1.0
 
     @property
@@ -102,7 +105,10 @@ def estimate(spec: ModelSpec, shape: Shape | None) -> Footprint:
         parts=parts,
         start_bytes=start,
         ready_bytes=start - PROFILE_BYTES,
-        host_bytes=shape.weights_bytes,  # the least; PyTorch pins in powers of two: 26.8 GiB for 14.2 GiB of weights (H200, 7B)
+        host_bytes=shape.weights_bytes
+        if spec.sleep_level == 1
+        else 0,  # the least; PyTorch pins in powers of two: 26.8 GiB for 14.2 GiB of weights (H200, 7B)
+        sleep_s=max(1.0, FIRST_SLEEP_S_PER_GIB * shape.weights_bytes / GIB) if spec.sleep_level == 1 else 1.0,
         bundle_bytes=PAGE_BYTES * shape.layers * 2,
         kv_token_bytes=shape.layers * 2 * heads * shape.head_dim * 2,
         max_model_len=parse_tokens(spec.flag("--max-model-len")) or shape.max_position or 0,

@@ -83,6 +83,7 @@ class Instance:
     yielded_at: float | None = None  # since then it makes room for another, or was drained: only new demand brings it back
     sent_at: float | None = None  # DRAINING: when it was told to sleep
     held_bytes: int = 0  # DRAINING: what NVML showed on one of its GPUs when it was told so
+    slept: bool = False  # DRAINING: its engine had slept before it was told so
     failing: bool = False  # STOPPING because of a failure: BACKOFF or FAILED follows
     failures: int = 0  # in a row
     failure: Failure | None = None  # the last one, kept until a run has been stable
@@ -97,7 +98,7 @@ class Instance:
         if state is State.READY:
             changes |= {"ready_since": now}
         if state is not State.DRAINING:
-            changes |= {"then": Then.STOP, "sent_at": None, "held_bytes": 0}
+            changes |= {"then": Then.STOP, "sent_at": None, "held_bytes": 0, "slept": False}
         if state in (State.WAITING, State.STARTING, State.WAKING, State.READY):
             changes |= {"yielded_at": None}
         return replace(self, state=state, since=now, reason=reason, **changes)

@@ -189,6 +189,8 @@ def _draining(
         return _fail(instance, seen, now, "the engine died", was_ready=True)
     if instance.sent_at is not None:
         return _falling_asleep(instance, seen, snapshot)
+    if known and known.drained_at >= instance.since and (instance.then is Then.SLEEP or instance.yielded_at is None):
+        instance = replace(instance, then=Then.STOP, yielded_at=now, reason="drained by an operator")
     in_flight = snapshot.traffic.get(instance.model, TrafficSeen()).in_flight
     same = known is not None and known.spec.served_by(launch.spec)
     yields = instance.yielded_at is not None
@@ -215,7 +217,7 @@ def _falling_asleep(instance: Instance, seen: EngineSeen, snapshot: Snapshot) ->
     held = max((snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus), default=0)
     if held and held >= instance.held_bytes and passed < ASLEEP_TIMEOUT_S + (seen.sleep_s or 0.0):
         return instance, []
-    figures = {"sleep_s": seen.sleep_s or 0.0, "host_bytes": float(seen.host_bytes)}
+    figures = {"sleep_again_s" if instance.slept else "sleep_s": seen.sleep_s or 0.0, "host_bytes": float(seen.host_bytes)}
     if held and held < instance.held_bytes:
         figures["asleep_bytes"] = float(max(0, held - (seen.segment.mapped_bytes if seen.segment else 0)))
     return instance.to(State.ASLEEP, now, instance.reason), [Learn(instance.model, launch.spec.footprint_key(), figures)]

@@ -8,9 +8,9 @@ import json
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from orchestrator.policy.units import Duration, Size, show_bytes
+from orchestrator.policy.units import Duration, Size, parse_duration, show_bytes
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:@+-]|/(?=[A-Za-z0-9])){0,127}")
 # `/models/x/logs` must mean the logs of x, never a model called x/logs: what the operators' API has behind a name (api/admin.py).
@@ -80,6 +80,20 @@ def owned_flag(arg: str) -> str | None:
     return next((owned for owned in OWNED_ARGS if owned.startswith(flag)), None)  # argparse takes `--tensor-parallel` for the whole
 
 
+def _zero_or_duration(value: object) -> float:
+    nothing = re.fullmatch(r"0+(\.0*)?[dhms]?", value.strip()) if isinstance(value, str) else value == 0 and not isinstance(value, bool)
+    return 0.0 if nothing else parse_duration(value)
+
+
+ZeroOrDuration = Annotated[
+    float,
+    BeforeValidator(_zero_or_duration),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s?)?$"}]}
+    ),
+]
+
+
 class ModelSpec(BaseModel):
     """What the operator wants of one model. Sizes in bytes, durations in seconds, after parsing."""
 
@@ -112,7 +126,9 @@ class ModelSpec(BaseModel):
         default=1, description="How it sleeps: 1 weights in host memory; 2 weights dropped and read again; 0 never, also not to make room."
     )
     idle_timeout: Duration | None = Field(default=1800.0, description="Stopped after this long without a request; null: never.")
-    min_residency: Duration = Field(default=30.0, description="Not put to sleep or stopped for another model before it was ready so long.")
+    min_residency: ZeroOrDuration = Field(
+        default=30.0, description="Not put to sleep or stopped for another model before it was ready so long; 0: at once."
+    )
     start_timeout: Duration = Field(default=600.0, description="A start that takes longer has failed.")
     idle_trim: Duration | None = Field(
         default=10.0, description="After this long without a request it gives back reserved pages and its prefix cache; null: never."
@@ -197,8 +213,9 @@ class ModelSpec(BaseModel):
         return _digest(self.model_dump(include={"source", "tensor_parallel_size", "args", "env", "engine"}, mode="json"))
 
     def flag(self, name: str) -> str | None:
-        """The value of vLLM's `--name` in args (`--name v` or `--name=v`); "" for a bare flag; None where it is absent."""
-        for at, arg in enumerate(self.args):
+        """The value of vLLM's `--name` in args (`--name v` or `--name=v`), the last one, as argparse has it; "" for a bare flag; None where
+        it is absent."""
+        for at, arg in reversed(list(enumerate(self.args))):
             head, equals, value = arg.partition("=")
             if head.startswith("--") and head.replace("_", "-") == name:
                 if equals:

@@ -81,11 +81,15 @@ def place(
     if len(best) < spec.tensor_parallel_size:
         split = any(uuid.startswith("MIG-") for uuid in allowed(spec, gpus)[0])
         note = ONE_RANK if split and spec.tensor_parallel_size > 1 else ""
-        return Refused(f"{spec.tensor_parallel_size} GPUs wanted, {len(best)} can be read{note}")
+        return Refused(f"{wanted_gpus(spec)}, {len(best)} can be read{note}")
     shown = ", ".join(
         f"GPU {gpus[uuid].index} has {show_bytes(max(0, room[uuid]))}" for uuid in sorted(best, key=lambda u: (-room[u], gpus[u].index))
     )
     return Refused(f"it needs {show_bytes(need_bytes)} on {_count(spec.tensor_parallel_size)}; beside the floors of the others {shown}")
+
+
+def wanted_gpus(spec: ModelSpec) -> str:
+    return "1 GPU wanted" if spec.tensor_parallel_size == 1 else f"{spec.tensor_parallel_size} GPUs wanted"
 
 
 def _count(size: int) -> str:
@@ -96,7 +100,7 @@ def never_fits(spec: ModelSpec, parts: Mapping[str, int], floor: int, reserve: M
     """The arithmetic, if not even empty cards would do; None otherwise."""
     need = sum(parts.values()) + floor
     if spec.tensor_parallel_size > 1 and gpus and all(gpu.uuid.startswith("MIG-") for gpu in gpus):
-        return f"{spec.tensor_parallel_size} GPUs wanted, and it may use MIG devices only{ONE_RANK}"
+        return f"{wanted_gpus(spec)}, and it may use MIG devices only{ONE_RANK}"
     fitting = [gpu for gpu in gpus if gpu.total_bytes - reserve[gpu.uuid] >= need]
     if len(fitting) >= spec.tensor_parallel_size:
         return None

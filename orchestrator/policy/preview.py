@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.policy.actions import SetLimit, Start, Wake
-from orchestrator.policy.admission import START_S
 from orchestrator.policy.decide import Plan
 from orchestrator.policy.footprint import floor_bytes
 from orchestrator.policy.instance import Instance, State
 from orchestrator.policy.lifecycle import Known
+from orchestrator.policy.resident import START_S
 from orchestrator.policy.units import show_bytes
 
 
@@ -57,9 +57,7 @@ def preview(name: str, before: Mapping[str, Instance], plan: Plan, known: Mappin
         if isinstance(a, SetLimit) and a.limit_bytes < a.was_bytes
     ]
     for victim in plan.leaving:
-        other = known.get(victim.model)
-        seconds = other.footprint.sleep_s if other and victim.how == "sleep" else None
-        steps.append(Step(victim.how, victim.model, victim.frees_bytes, seconds, victim.reason))
+        steps.append(Step(victim.how, victim.model, victim.frees_bytes, victim.takes_s, victim.reason))
     acts = [a for a in plan.actions if isinstance(a, Start | Wake) and (a.launch.spec.name if isinstance(a, Start) else a.model) == name]
     retry_in_s = instance.retry_at - now if instance.retry_at > now else None
     if not acts and not plan.leaving and not instance.reserved and "on their way" not in instance.reason:

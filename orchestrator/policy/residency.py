@@ -19,7 +19,8 @@ Doing = dict[str, How]  # launch id -> what is done to it
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """`frees_bytes`: on each of its GPUs. `drain`: requests run; shut its door, and let it go when they are done."""
+    """`frees_bytes`: on each of its GPUs. `drain`: requests run; shut its door, and let it go when they are done. `takes_s`: its sleep;
+    None: how long a stop takes is not known."""
 
     model: str
     launch_id: str
@@ -29,6 +30,7 @@ class Victim:
     frees_bytes: int
     cost_s: float
     reason: str
+    takes_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,14 @@ def choose(
     host_budget_bytes: int,
     now: float,
     kept: Mapping[str, str] | None = None,
+    behind: Sequence[Waiter] = (),
 ) -> Eviction | Refusal:
     """Who has to go for `waiter`, or why nobody does.
 
     `room`: bytes per GPU that are free when every pool is at its least, claims taken off; negative where promises exceed what is
     there; a GPU without an entry is not used. `residents`: every engine of the box, because host memory is one for all.
-    `kept`: GPU -> the model it is kept for: `keep` of those ahead in line. Of several places: one without a drain, then that with
-    the least cost, then with the least bytes, then the first.
+    `kept`: GPU -> the model it is kept for: `keep` of those ahead in line. `behind`: those that wait in line after it. Of several
+    places: one without a drain, then that with the least cost, then with the least bytes, then the first.
     """
     kept = kept or {}
     readable = [place for place in waiter.places if all(gpu in room for gpu in place)]
@@ -95,10 +98,11 @@ def choose(
     for place in places:
         if not any(gpu in lack for gpu in place):
             return Eviction(waiter.model, place, (), aging)
+    crowded = _crowded(waiter, behind, room, residents)
     found = []
     for index, place in enumerate(places):
         here = {gpu: lack[gpu] for gpu in place if gpu in lack}
-        answer = _Choice(residents, aging, host_budget_bytes, now, waiter, here).eviction(place)
+        answer = _Choice(residents, aging, host_budget_bytes, now, waiter, here, crowded).eviction(place)
         if answer is not None:
             freed = sum(victim.frees_bytes * len(victim.gpus) for victim in answer.victims)
             found.append((any(victim.drain for victim in answer.victims), answer.cost_s, freed, index, answer))
@@ -106,6 +110,12 @@ def choose(
         return min(found, key=lambda each: each[:4])[-1]
     refusal = _refuse(waiter, places, lack, residents, now)
     return replace(refusal, never=refusal.never and len(places) == len(waiter.places))
+
+
+def rather_stops(launch_id: str, residents: Sequence[Resident], budget_bytes: int, aging: Aging, now: float) -> bool:
+    """Whether one that is to sleep must stop instead: the host has no room for all, and the sleepers are dearer, or it is too large."""
+    choice = _Choice(residents, aging, budget_bytes, now)
+    return choice.fit_host({launch_id: "sleep"}, [choice.by_id[launch_id], *choice.sleepers()])[launch_id] == "stop"
 
 
 def over_host_budget(residents: Sequence[Resident], budget_bytes: int, aging: Aging, now: float) -> tuple[Victim, ...]:
@@ -125,6 +135,21 @@ def _lacking(waiter: Waiter, room: Mapping[str, int], residents: Iterable[Reside
     return {gpu: size for gpu, size in lack.items() if size > 0}
 
 
+def _crowded(waiter: Waiter, behind: Sequence[Waiter], room: Mapping[str, int], residents: Iterable[Resident]) -> frozenset[str]:
+    """GPUs where those behind in line, too, need more than sleep can give: who sleeps there is stopped for the next of them. One that
+    has several places counts on each of them in part."""
+    needed = dict.fromkeys(room, 0.0)
+    for each in (waiter, *behind):
+        for gpu in (gpu for place in each.places for gpu in place if gpu in room):
+            needed[gpu] += each.need_bytes / len(each.places)
+    given = dict(room)
+    for r in residents:
+        for gpu in (gpu for gpu in r.gpus if gpu in room and not r.pinned):
+            given[gpu] += r.frees(r.leaving or "sleep")
+    wanted = {gpu for each in behind for place in each.places for gpu in place}
+    return frozenset(gpu for gpu in wanted & room.keys() if needed[gpu] > given[gpu])
+
+
 class _Choice:
     """One choice of victims for one place. First everybody who may go stops; then, dearest first, each is spared, or only sleeps,
     where that is still enough. So nothing that is done is more than needed, and who is dearer has less done to it."""
@@ -137,9 +162,11 @@ class _Choice:
         now: float,
         waiter: Waiter | None = None,
         lack: Mapping[str, int] | None = None,
+        crowded: frozenset[str] = frozenset(),
     ) -> None:
         self.by_id = {r.launch_id: r for r in residents}
         self.aging, self.host_budget, self.now, self.waiter, self.lack = aging, host_budget, now, waiter, lack or {}
+        self.crowded = crowded
 
     def eviction(self, place: tuple[str, ...]) -> Eviction | None:
         waiter, by_id = self.waiter, self.by_id
@@ -149,7 +176,9 @@ class _Choice:
         if not self.enough(doing):
             return None
         host_free = self.host_budget - self.host_bytes({})
-        asleep: dict[str, How | None] = {r.launch_id: "sleep" if r.frees("sleep") and r.host_bytes <= host_free else None for r in here}
+        asleep: dict[str, How | None] = {
+            r.launch_id: "sleep" if self.may_sleep(r) and r.on_host("sleep") - r.on_host(None) <= host_free else None for r in here
+        }
         doing = self.ease(doing, {key: None for key in doing if by_id[key].busy}, self.enough)
         doing = self.ease(doing, {key: asleep[key] for key in doing}, self.enough)
         doing = self.ease(doing, {key: None for key, how in doing.items() if how == "sleep"}, self.enough)
@@ -160,6 +189,9 @@ class _Choice:
         victims = tuple(self.victim(key, doing[key], f"makes room for {waiter.model}") for key in stops_first)
         level = max((self.aging.level, *(self.price(key, how) for key, how in doing.items())))
         return Eviction(waiter.model, place, victims, replace(self.aging, level=level))
+
+    def may_sleep(self, r: Resident) -> bool:
+        return r.gains_by_sleep and self.crowded.isdisjoint(r.gpus)
 
     def price(self, key: str, how: How) -> float:
         """H. Bytes beyond what lacks are worth nothing, and the last GiB of it counts whole: a tiny lack must not lift the level."""
@@ -176,7 +208,7 @@ class _Choice:
         return all(freed[gpu] >= size for gpu, size in self.lack.items())
 
     def host_bytes(self, doing: Doing) -> int:
-        return sum(r.host_bytes for r in self.by_id.values() if r.ends_as(doing.get(r.launch_id)) == "sleep")
+        return sum(r.on_host(doing.get(r.launch_id)) for r in self.by_id.values())
 
     def fits(self, doing: Doing) -> bool:
         return self.enough(doing) and ("sleep" not in doing.values() or self.host_bytes(doing) <= self.host_budget)
@@ -198,16 +230,16 @@ class _Choice:
 
         dearest_first = sorted(stoppable, key=price, reverse=True)
         doing = before | dict.fromkeys((r.launch_id for r in dearest_first), "stop")
-        room += sum(r.host_bytes for r in dearest_first)
+        room += sum(r.on_host("sleep") for r in dearest_first)
         for r in dearest_first:
-            if r.host_bytes <= room:
-                room -= r.host_bytes
+            if r.on_host("sleep") <= room:
+                room -= r.on_host("sleep")
                 doing = _instead(doing, r.launch_id, before.get(r.launch_id))
         return doing
 
     def trade(self, doing: Doing) -> Doing:
         """Who stops for lack of host memory sleeps instead, where sleepers whose loss is smaller can stop for it."""
-        could_sleep = [key for key, how in doing.items() if how == "stop" and self.by_id[key].frees("sleep")]
+        could_sleep = [key for key, how in doing.items() if how == "stop" and self.may_sleep(self.by_id[key])]
         for key in sorted(could_sleep, key=lambda key: (self.price(key, "stop"), key), reverse=True):
             less = self.fit_host(_instead(doing, key, "sleep"), [r for r in self.sleepers() if r.launch_id not in doing])
             gain = loss_s(self.by_id[key], "stop", self.now) - loss_s(self.by_id[key], "sleep", self.now)
@@ -224,7 +256,8 @@ class _Choice:
         r, drain = self.by_id[key], self.by_id[key].busy and not self.by_id[key].asleep
         state = "asleep" if r.asleep else f"idle for {self.now - r.last_used:.0f}s"
         state = f"its turn is over after {self.now - r.since:.0f}s" if drain else state
-        return Victim(r.model, key, r.gpus, how, drain, r.frees(how), loss_s(r, how, self.now), f"{why}: {state}")
+        takes_s = r.sleep_s if how == "sleep" else None
+        return Victim(r.model, key, r.gpus, how, drain, r.frees(how), loss_s(r, how, self.now), f"{why}: {state}", takes_s)
 
 
 def _instead(doing: Doing, key: str, how: How | None) -> Doing:

@@ -104,7 +104,15 @@ async def test_a_pin_is_an_override_and_is_undone(folder: Path) -> None:
         answer = await tell(at, "pin")
         assert (answer.status, answer.json["spec"]["pinned"], answer.json["overrides"]) == (202, True, {"pinned": True})
         answer = await tell(at, "unpin")
-        assert (answer.status, answer.json["spec"]["pinned"]) == (202, False)
+        assert (answer.status, answer.json["spec"]["pinned"], answer.json["overrides"]) == (202, False, {})
+
+
+async def test_a_pin_of_the_spec_is_overridden_by_unpin_alone(folder: Path) -> None:
+    async with house(folder, {**FILE, "pinned": True}) as at:
+        assert (await tell(at, "pin")).json["overrides"] == {}
+        answer = await tell(at, "unpin")
+        assert (answer.json["spec"]["pinned"], answer.json["overrides"]) == (False, {"pinned": False})
+        assert (await tell(at, "pin")).json["overrides"] == {}
 
 
 async def test_each_order_is_an_event(folder: Path) -> None:
@@ -168,6 +176,23 @@ async def test_a_model_that_starts_can_not_sleep_yet(folder: Path) -> None:
         assert (answer.status, answer.error["code"]) == (409, "conflict")
         assert "it can sleep once it is ready; `orchestratorctl unload qwen` ends it" in answer.error["message"]
         assert at.state("qwen") == "starting"
+
+
+async def test_a_model_that_starts_for_requests_has_nothing_to_drain(folder: Path) -> None:
+    async with house(folder) as at:
+        at.engines.slow.add("qwen")
+        await add(at, name="qwen", source="org/qwen")
+        await at.until_state("qwen", "starting")
+        async with at.client() as client:
+            await client.request("/v1/completions", b'{"model":"qwen"}')
+            await at.until(lambda: at.loop.requests("qwen").waiting, "the request waits")
+            answer = await tell(at, "drain", "qwen")
+        assert (answer.status, answer.error["code"]) == (409, "busy")
+        assert "'qwen' is starting, and 1 request waits for it" in answer.error["message"]
+        assert "`orchestratorctl stop qwen` turns them away" in answer.error["message"]
+        await at.until(lambda: not at.loop.requests("qwen").waiting, "its client has gone")
+        assert (await tell(at, "drain", "qwen")).status == 202
+        await at.until_state("qwen", "stopped")
 
 
 async def test_a_model_that_never_sleeps_is_unloaded_instead(folder: Path) -> None:
@@ -243,6 +268,15 @@ async def test_a_plan_of_what_a_pin_keeps_out_knows_no_time(folder: Path, card: 
         found = await plan(at)
         assert (found["fits"], found["retry_in_s"]) == ("later", None)
         assert "org/file is pinned" in found["why"]
+
+
+async def test_a_plan_of_what_stop_holds_down_says_so(folder: Path) -> None:
+    async with house(folder, FILE, DOWN) as at:
+        assert (await plan(at))["held"] is False
+        await tell(at, "stop", "down")
+        found = await plan(at)
+        assert (found["held"], found["fits"]) == (True, "now")
+        assert (await tell(at, "load", "down")).status == 409
 
 
 async def test_a_plan_of_what_is_there_has_no_steps(folder: Path) -> None:

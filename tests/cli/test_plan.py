@@ -55,6 +55,16 @@ def test_the_exit_code_says_whether_it_fits(daemon: StubDaemon, ctl: Ctl, reply:
     assert (as_json.exit_code, json.loads(as_json.stdout)) == (exit_code, reply.body)
 
 
+def test_one_that_stop_holds_down_is_said_to_be(daemon: StubDaemon, ctl: Ctl) -> None:
+    daemon.replies["GET", "/models/qwen/plan"] = planned("now", steps=STEPS[-1:], seconds=0.5, held=True)
+    said = ctl("plan", "load", "qwen")
+    assert (said.exit_code, said.stderr) == (75, "")
+    assert said.stdout.splitlines()[-2:] == [
+        "an operator stopped it: `load` is refused; `orchestratorctl start qwen` does this",
+        "0.5s until ready",
+    ]
+
+
 @pytest.mark.parametrize("words", [[], ["load"], ["unload", "qwen"], ["load", "a", "b"]])
 def test_what_cannot_be_planned_is_a_usage_error(daemon: StubDaemon, ctl: Ctl, words: list[str]) -> None:
     assert ctl("plan", *words).exit_code == 2

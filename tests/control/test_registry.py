@@ -4,11 +4,15 @@ import asyncio
 
 import pytest
 
+from orchestrator.control.registry import Registry
 from orchestrator.errors import Conflict, ModelNotFound, StoreError
 from orchestrator.policy.actions import Learn
+from orchestrator.policy.footprint import GRAPH_BYTES
+from orchestrator.policy.lifecycle import Rules
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.units import GIB, MIB
-from tests.control.fakes import BUNDLE, SHAPE, FakeStore, spec
+from orchestrator.settings import Engine
+from tests.control.fakes import BUNDLE, SHAPE, FakeSources, FakeStore, spec
 from tests.control.shelf import Shelf
 from tests.support.eventually import turns
 
@@ -195,6 +199,25 @@ async def test_learned_figures_are_for_every_model_that_is_started_alike() -> No
     assert footprint.bundle_bytes == BUNDLE  # what the folder says of the KV geometry stays
     await shelf.add(spec("late"))
     assert shelf.registry.get("late").footprint.source == "learned"
+
+
+async def test_arguments_of_an_engine_venv_count_as_those_of_the_spec() -> None:
+    def registry(*args: str) -> Registry:
+        files = (spec("a"), spec("b", args=["--max-model-len", "2048"]))
+        return Registry(store, FakeSources(), files, {"default": Engine(args=args)}, Rules())
+
+    store = FakeStore()
+    plain, eager = registry(), registry("--enforce-eager", "--max-model-len=4096")
+    await plain.load()
+    await eager.load()
+    assert plain.get("a").footprint.start_bytes - eager.get("a").footprint.start_bytes == GRAPH_BYTES
+    assert [plain.get("a").footprint.max_model_len, eager.get("a").footprint.max_model_len] == [32768, 4096]
+    assert eager.get("b").footprint.max_model_len == 2048, "what its spec says comes later, and wins"
+    await eager.learn(learn(spec("a")))
+    for args, source in ((("--enforce-eager", "--max-model-len=4096"), "learned"), ((), "estimated"), (("--enforce-eager",), "estimated")):
+        again = registry(*args)
+        await again.load()
+        assert again.get("a").footprint.source == source, args
 
 
 async def test_learned_figures_survive_a_restart() -> None:

@@ -70,7 +70,9 @@ class World:
         gpus: FakeGpus | None = None,
         stored: Sequence[ModelSpec] = (),
         rules: Rules | None = None,
+        tick_s: float = 0.25,
     ) -> None:
+        self.tick_s = tick_s
         self.clock, self.journal = Clock(), list[str]()
         self.gpus = gpus or FakeGpus()
         self.rules = rules or Rules()
@@ -84,9 +86,9 @@ class World:
         self.loop = Reconciler(self.registry, self.traffic, self.engines, observer, self.store, self.rules, interval_s=0.25, wake=self.wake)
         self._requests: list[Request] = []
 
-    async def tick(self, count: int = 1, seconds: float = 0.25) -> None:
+    async def tick(self, count: int = 1, seconds: float | None = None) -> None:
         for _ in range(count):
-            self.clock.now += seconds
+            self.clock.now += self.tick_s if seconds is None else seconds
             self.engines.step()
             await self.loop.tick()
             await self.loop.settle()
@@ -144,10 +146,14 @@ class World:
 
 @contextlib.asynccontextmanager
 async def world(
-    *specs: ModelSpec, gpus: FakeGpus | None = None, stored: Sequence[ModelSpec] = (), rules: Rules | None = None
+    *specs: ModelSpec,
+    gpus: FakeGpus | None = None,
+    stored: Sequence[ModelSpec] = (),
+    rules: Rules | None = None,
+    tick_s: float = 0.25,
 ) -> AsyncIterator[World]:
-    """A world after its first look."""
-    made = World(*specs, gpus=gpus, stored=stored, rules=rules)
+    """A world after its first look. `tick_s`: an engine starts in six of them, sleeps and wakes in one."""
+    made = World(*specs, gpus=gpus, stored=stored, rules=rules, tick_s=tick_s)
     try:
         await made.registry.load()
         await made.tick()

@@ -3,6 +3,7 @@
 Each test is a few looks at one small box: cards of 140 GiB with 4 GiB in reserve, models that need whole GiB.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -269,6 +270,18 @@ def test_a_gpu_that_cannot_be_read_keeps_its_limits_and_takes_no_start() -> None
     assert plan.instances["there"].reason == "its GPUs cannot be read: NVML hangs"
     box.gpus[0] = card(0, 1)
     assert limits(box.look())["old"] < 100 * GIB
+
+
+@pytest.mark.parametrize(("start", "arithmetic"), [(20, ""), (40, "it needs 42.0GiB on a GPU; beside .* GPU 0 has 36.0GiB; ")])
+def test_where_a_gpu_is_kept_for_another_that_is_the_reason(start: int, arithmetic: str) -> None:
+    box = Box({"old": known("old"), "first": known("first", 50), "second": known("second", start)}, [card(0, 40)])
+    box.runs("old", mapped=2, limit=2)
+    came, waits = replace(box.instances["old"], since=box.now - 1), Instance("first", S.WAITING, box.now - 400)
+    box.instances = {"old": came, "first": waits, "second": Instance("second", S.WAITING, box.now)}
+    box.traffic = {"old": TrafficSeen(in_flight=1), "first": ASKED, "second": ASKED}
+    plan = box.look()
+    assert starts(plan) == {}
+    assert re.fullmatch(f"{arithmetic}its GPU is kept for first: first in line", plan.instances["second"].reason)
 
 
 def test_a_pool_over_a_gpu_that_cannot_be_read_is_left_alone_by_its_neighbours() -> None:

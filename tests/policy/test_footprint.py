@@ -129,9 +129,17 @@ def test_what_was_learned_replaces_bytes_and_time_and_keeps_the_geometry() -> No
 
 
 def test_what_its_sleep_has_shown_is_learned_beside_the_estimate() -> None:
-    learned = estimate(spec(), QWEN_7B).learned({"asleep_bytes": GIB, "host_bytes": 15 * GIB, "sleep_s": 0.3, "wake_s": 0.33, "unknown": 1})
+    seen = {"asleep_bytes": GIB, "host_bytes": 15 * GIB, "sleep_s": 11.0, "sleep_again_s": 0.3, "wake_s": 0.33, "unknown": 1}
+    learned = estimate(spec(), QWEN_7B).learned(seen)
     assert (learned.source, learned.asleep_bytes, learned.host_bytes) == ("estimated", GIB, 15 * GIB)
-    assert (learned.sleep_s, learned.wake_s) == (0.3, 0.33)
+    assert (learned.sleep_s, learned.sleep_again_s, learned.wake_s) == (11.0, 0.3, 0.33)
+
+
+@pytest.mark.parametrize(("shape", "level", "seconds"), [(QWEN_7B, 1, 17.0), (QWEN_15B, 1, 3.4), (QWEN_05B, 1, 1.1), (QWEN_7B, 2, 1.0)])
+def test_a_first_sleep_takes_as_long_as_its_weights_are_large_unless_they_are_dropped(shape: Shape, level: int, seconds: float) -> None:
+    footprint = estimate(spec(sleep_level=level), shape)
+    assert footprint.sleep_s == pytest.approx(seconds, abs=0.1)
+    assert footprint.sleep_again_s == 1.0
 
 
 @pytest.mark.parametrize(

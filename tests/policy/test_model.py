@@ -109,6 +109,17 @@ def test_bad_values(fields: dict[str, Any], says: str) -> None:
     assert says in refusal(**fields)
 
 
+@pytest.mark.parametrize(("given", "seconds"), [(0, 0.0), (0.0, 0.0), ("0", 0.0), ("0s", 0.0), ("0.0", 0.0), ("2m", 120.0), (1.5, 1.5)])
+def test_a_minimum_residency_may_be_none(given: object, seconds: float) -> None:
+    assert spec(min_residency=given).min_residency == seconds
+
+
+@pytest.mark.parametrize("given", [False, None, "", "-1", -1, "00:10", [], {}])
+def test_what_is_no_minimum_residency(given: object) -> None:
+    with pytest.raises(ValidationError, match="min_residency"):
+        spec(min_residency=given)
+
+
 @pytest.mark.parametrize("flag", OWNED_ARGS)
 def test_owned_arguments_in_every_spelling(flag: str) -> None:
     instead = OWNED_ARGS[flag]
@@ -228,6 +239,7 @@ def test_which_changes_need_a_restart_and_which_a_new_footprint() -> None:
         (["--max-model-len", "--enforce-eager"], ""),
         (["--max-model-length", "8k"], None),
         (["--dtype", "auto", "--max-model-len", "9"], "9"),
+        (["--max-model-len", "9", "--max_model_len=10"], "10"),  # argparse takes the last
     ],
 )
 def test_a_flag_is_found_in_every_spelling(args: list[str], value: str | None) -> None:

@@ -129,8 +129,8 @@ def test_the_sets_that_are_looked_through_are_all_or_neighbours(fields: dict[str
             "it needs 10.0GiB on each of 2 GPUs; .*GPU 0 has 99.0GiB, GPU 1 has 1024MiB",
         ),
         ({"tensor_parallel_size": 2}, {"GPU-a": 99}, "2 GPUs wanted, 1 can be read"),
-        ({}, {}, "1 GPUs wanted, 0 can be read"),
-        ({"gpus": [7]}, {"GPU-a": 99}, "1 GPUs wanted, 0 can be read"),
+        ({}, {}, "1 GPU wanted, 0 can be read"),
+        ({"gpus": [7]}, {"GPU-a": 99}, "1 GPU wanted, 0 can be read"),
         ({"gpus": [0, "GPU-a"], "tensor_parallel_size": 2}, {"GPU-a": 99, "GPU-b": 99}, "2 GPUs wanted, 1 can be read"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.policy.residency import Eviction, Refusal, choose, over_host_budget
+from orchestrator.policy.residency import Eviction, Refusal, choose, over_host_budget, rather_stops
 from orchestrator.policy.resident import Aging, Resident, Waiter, goes_at, loss_s, turn_s
 from orchestrator.policy.units import GIB
 
@@ -14,15 +14,18 @@ PLENTY = 500 * GIB
 BIG_ROOM = {"g0": 0, "g1": 0}
 
 
+SIZES = {"held_bytes": 16, "sleep_frees_bytes": 15, "host_bytes": 15, "host_held_bytes": 0}
+
+
 def engine(model: str, **fields: Any) -> Resident:
     """A 7B model's engine (H200): 16 GiB, of which 15 come back when it sleeps; idle for a minute, there for an hour."""
-    gib = {key: int(fields.pop(key, size) * GIB) for key, size in (("held_bytes", 16), ("sleep_frees_bytes", 15), ("host_bytes", 15))}
+    gib = {key: int(fields.pop(key, size) * GIB) for key, size in SIZES.items()}
     plain = {"launch_id": f"l-{model}", "gpus": ("g0",), "since": NOW - 3600, "min_residency_s": 45.0, "last_used": NOW - 60}
-    return Resident(model, **{**plain, "arrivals": 0.01, "wake_s": 0.3, "start_s": 4.0, **gib, **fields})
+    return Resident(model, **{**plain, "arrivals": 0.01, "sleep_s": 0.3, "wake_s": 0.3, "start_s": 4.0, **gib, **fields})
 
 
 def sleeper(model: str, **fields: Any) -> Resident:
-    return engine(model, asleep=True, held_bytes=1, **fields)
+    return engine(model, asleep=True, **{"held_bytes": 1, "host_held_bytes": fields.get("host_bytes", 15), **fields})
 
 
 def ask(need: float, *residents: Resident, host: int = PLENTY, aging: Aging | None = None, **fields: Any) -> Eviction | Refusal:
@@ -66,6 +69,40 @@ def went(answer: Eviction | Refusal) -> list[str]:
 def test_the_cheapest_goes_and_as_little_of_it_as_will_do(need: float, residents: list[Resident], gone: list[str]) -> None:
     assert went(ask(need, *residents)) == gone
     assert went(ask(need, *reversed(residents))) == gone
+
+
+@pytest.mark.parametrize(
+    ("fields", "how"),
+    [
+        ({"sleep_s": 17.0}, "stop"),  # the first sleep of a 7B (H200), and 4 s to start it again
+        ({"sleep_s": 17.0, "start_s": 41.0}, "sleep"),  # without a launch server
+        ({"sleep_s": 3.7}, "sleep"),
+        ({"sleep_s": 3.8}, "stop"),
+        ({"sleep_s": 17.0, "sleep_frees_bytes": 0}, "stop"),
+    ],
+)
+def test_whoever_is_back_sooner_from_a_stop_than_from_its_sleep_stops(fields: dict[str, Any], how: str) -> None:
+    assert went(ask(10, engine("a", **fields))) == [f"a:{how}"]
+
+
+@pytest.mark.parametrize(
+    ("behind", "how"),
+    [
+        ([], "sleep"),
+        ([(20, (("g0",),))], "sleep"),  # two asleep give 30
+        ([(21, (("g0",),))], "stop"),
+        ([(10, (("g0",),)), (11, (("g0",),))], "stop"),
+        ([(99, (("g1",),))], "sleep"),  # somewhere else
+        ([(40, (("g0",), ("g1",)))], "sleep"),  # it may go there as well: half of it counts here
+        ([(42, (("g0",), ("g1",)))], "stop"),
+    ],
+)
+def test_nobody_sleeps_where_the_next_in_line_will_have_it_stopped(behind: list[tuple[int, Any]], how: str) -> None:
+    residents = engine("a"), engine("b", gpus=("g0",), priority=1)
+    waiting = [Waiter(f"behind{n}", need * GIB, places, NOW) for n, (need, places) in enumerate(behind)]
+    waiter = Waiter("new", 10 * GIB, (("g0",),), NOW)
+    answer = choose(waiter, BIG_ROOM, residents, Aging(), PLENTY, NOW, behind=waiting)
+    assert went(answer) == [f"a:{how}"]
 
 
 def test_two_small_ones_do_not_go_where_one_does_nor_a_large_one_where_a_small_one_does() -> None:
@@ -194,6 +231,11 @@ def test_a_sleeper_that_requests_wait_for_stops_only_for_who_waited_a_turn() -> 
         (29, [engine("a"), sleeper("z", gpus=("g1",), priority=-1, leaving="stop")], ["a:sleep"]),
         (29, [engine("a"), sleeper("new", gpus=("g1",), priority=-1)], ["a:stop"]),
         (44, [engine("a"), sleeper("z"), sleeper("y", priority=-1)], ["y:stop", "a:sleep"]),
+        (30, [engine("a"), engine("b", gpus=("g1",), host_held_bytes=15)], ["a:sleep"]),
+        (29, [engine("a"), engine("b", gpus=("g1",), host_held_bytes=15)], ["a:stop"]),  # awake, it keeps what its sleep pinned
+        (29, [engine("a"), engine("b", gpus=("g1",), host_held_bytes=15, leaving="stop")], ["a:sleep"]),
+        (15, [engine("a", host_held_bytes=15)], ["a:sleep"]),
+        (29, [engine("a", host_held_bytes=15), engine("b", gpus=("g1",), host_held_bytes=15)], ["a:stop"]),
     ],
 )
 def test_sleepers_fit_into_the_hosts_budget(host: int, residents: list[Resident], gone: list[str]) -> None:
@@ -222,6 +264,26 @@ def test_over_the_hosts_budget_the_cheapest_sleepers_stop(budget: int, gone: lis
     assert all(victim.reason == "sleepers are over the host's budget: asleep" for victim in found)
 
 
+@pytest.mark.parametrize(
+    ("budget", "fields", "others", "stops"),
+    [
+        (15, {}, [], False),
+        (14, {}, [], True),  # it could never fit
+        (29, {}, [sleeper("z", priority=-1)], False),  # the sleeper is cheaper: it goes first
+        (29, {}, [sleeper("z", priority=1)], True),
+        (29, {}, [sleeper("z", priority=-1, busy=True)], True),
+        (29, {}, [engine("z", host_held_bytes=15)], True),
+        (30, {}, [engine("z", host_held_bytes=15)], False),
+        (29, {"host_bytes": 14, "host_held_bytes": 14}, [engine("z", host_held_bytes=15)], False),
+    ],
+)
+def test_who_is_to_sleep_stops_where_the_host_has_no_room_that_is_cheaper(
+    budget: int, fields: dict[str, Any], others: list[Resident], stops: bool
+) -> None:
+    residents = [engine("a", leaving="sleep", **fields), *others]
+    assert rather_stops("l-a", residents, budget * GIB, Aging().seen(residents), NOW) == stops
+
+
 def test_a_large_sleeper_stops_where_small_ones_would_not_do() -> None:
     residents = [sleeper("small", host_bytes=2, start_s=0.1), sleeper("large", host_bytes=60)]
     assert [v.model for v in over_host_budget(residents, 30 * GIB, Aging().seen(residents), NOW)] == ["large"]
@@ -232,14 +294,15 @@ def test_a_large_sleeper_stops_where_small_ones_would_not_do() -> None:
     [
         ({"arrivals": 1.0, "last_used": NOW}, "stop", 4.0),
         ({"arrivals": 1 / 60, "last_used": NOW}, "stop", 4.0 * 0.632),
-        ({"arrivals": 1 / 60, "last_used": NOW}, "sleep", 0.3 * 0.632),
+        ({"arrivals": 1 / 60, "last_used": NOW}, "sleep", 0.6 * 0.632),
+        ({"arrivals": 1 / 60, "last_used": NOW, "sleep_s": 17.0}, "sleep", 17.3 * 0.632),
         ({"arrivals": 1.0, "last_used": NOW - 60}, "stop", 4.0 * 0.632),
         ({"arrivals": 1 / 60, "last_used": NOW - 10}, "stop", 4.0 * 0.632),
         ({"arrivals": 0.0, "last_used": NOW}, "stop", 0.04),
         ({"arrivals": 1.0, "last_used": 0}, "stop", 0.04),
         ({"arrivals": 0.0, "busy": True}, "stop", 4.0),
         ({"arrivals": 1.0, "last_used": NOW, "priority": 3}, "stop", 32.0),
-        ({"arrivals": 1.0, "last_used": NOW, "priority": -1}, "sleep", 0.15),
+        ({"arrivals": 1.0, "last_used": NOW, "priority": -1}, "sleep", 0.3),
     ],
 )
 def test_what_a_return_is_expected_to_cost(fields: dict[str, Any], how: Any, seconds: float) -> None:

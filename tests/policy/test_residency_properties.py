@@ -10,7 +10,7 @@ from random import Random
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.policy.residency import Eviction, Refusal, Victim, choose, over_host_budget
+from orchestrator.policy.residency import Eviction, Refusal, Victim, choose, over_host_budget, rather_stops
 from orchestrator.policy.resident import LEAST_TURN_S, Aging, How, Resident, Waiter, goes_at, turn_s
 from orchestrator.policy.units import GIB
 
@@ -39,11 +39,15 @@ class Case:
 
     def host_bytes(self, doing: dict[str, How]) -> int:
         ends = {r.launch_id: doing.get(r.launch_id) or r.leaving or ("sleep" if r.asleep else "") for r in self.residents}
-        return sum(r.host_bytes for r in self.residents if ends[r.launch_id] == "sleep")
+        return sum({"sleep": r.host_bytes, "stop": 0}.get(ends[r.launch_id], r.host_held_bytes) for r in self.residents)
 
     def works(self, answer: Eviction, doing: dict[str, How]) -> bool:
         fits = "sleep" not in doing.values() or self.host_bytes(doing) <= self.host
         return fits and all(self.left_over(gpu, doing) >= 0 for gpu in answer.gpus)
+
+
+def gains(r: Resident) -> bool:
+    return r.frees("sleep") > 0 and r.sleep_s + r.wake_s <= r.start_s
 
 
 def done(victims: Iterable[Victim]) -> dict[str, How]:
@@ -54,6 +58,7 @@ def some_resident(random: Random, key: str, uuids: Sequence[str], arriving: bool
     asleep = sleeps and random.random() < 0.3
     held = random.randint(1, 3 if asleep else 30)
     moving = random.choice(("", "", "", "", "", "arriving", "sleep", "stop"))
+    host = random.randint(0, 30) * GIB
     leaving: How | None = "stop" if moving == "stop" else "sleep" if moving == "sleep" and not asleep else None
     return Resident(
         model="new" if random.random() < 0.1 else f"model-{key}",
@@ -61,11 +66,13 @@ def some_resident(random: Random, key: str, uuids: Sequence[str], arriving: bool
         gpus=tuple(sorted(random.sample(uuids, random.randint(1, len(uuids)) if span and random.random() < 0.4 else 1))),
         held_bytes=held * GIB,
         sleep_frees_bytes=0 if asleep or not sleeps else random.choice((0, held - 1, random.randint(0, held))) * GIB,
-        host_bytes=random.randint(0, 30) * GIB,
+        host_bytes=host,
+        host_held_bytes=host if asleep or random.random() < 0.2 else 0,
         since=NOW - random.choice((0.0, 10.0, 44.9, 45.0, 100.0, 180.0, 400.0, 900.0)),
         min_residency_s=random.choice((0.0, 15.0, 45.0, 45.0, 120.0)),
         last_used=NOW - random.choice((0.0, 1.0, 30.0, 300.0, 900.0)),
         arrivals=random.choice((0.0, 0.001, 0.02, 0.5, 5.0)),
+        sleep_s=random.choice((0.3, 0.3, 1.0, 17.0)),
         wake_s=random.choice((0.03, 0.33, 3.0)),
         start_s=random.choice((4.0, 11.3, 41.0)),
         priority=random.randint(-2, 2),
@@ -121,7 +128,7 @@ def test_nobody_goes_who_is_protected(case: Case) -> None:
         elif not r.asleep:
             assert NOW - r.since >= r.min_residency_s
         assert not (r.asleep and victim.how == "sleep")
-        assert victim.how == "stop" or r.sleep_frees_bytes > 0
+        assert victim.how == "stop" or gains(r)
         event(f"{victim.how}, {'drain' if victim.drain else 'asleep' if r.asleep else 'idle'}")
 
 
@@ -157,7 +164,7 @@ def test_nobody_stops_where_its_sleep_would_do_and_nobody_finishes_where_the_idl
         return
     doing = done(answer.victims)
     for victim in answer.victims:
-        if victim.how == "stop" and case.by_id(victim).frees("sleep") > 0:
+        if victim.how == "stop" and gains(case.by_id(victim)):
             assert not case.works(answer, doing | {victim.launch_id: "sleep"})
     if any(case.by_id(victim).busy for victim in answer.victims):
         idle = [r.launch_id for r in case.residents if not r.busy and not r.arriving and goes_at(r, case.waiter, NOW) <= NOW]
@@ -171,10 +178,26 @@ def test_nobody_stops_while_those_that_can_sleep_are_enough_and_have_room_on_the
     if isinstance(answer, Refusal):
         return
     idle = [r for r in case.residents if not r.busy and not r.arriving and goes_at(r, case.waiter, NOW) <= NOW]
-    here = [r for r in idle if set(r.gpus) & set(answer.gpus) and r.frees("sleep") > 0]
+    here = [r for r in idle if set(r.gpus) & set(answer.gpus) and gains(r)]
     if case.works(answer, {r.launch_id: "sleep" for r in here}):
         event("sleep is enough" if answer.victims else "nobody goes")
         assert all(victim.how == "sleep" for victim in answer.victims)
+
+
+@look
+@given(cases(), st.integers(1, 60), st.sampled_from((("g0",), ("g1",), ("g2",))))
+def test_nobody_sleeps_where_those_behind_in_line_need_more_than_sleep_can_give(case: Case, need: int, gpu: tuple[str]) -> None:
+    behind = Waiter("behind", need * GIB, (gpu,), NOW)
+    answer = choose(case.waiter, case.room, case.residents, case.aging, case.host, NOW, behind=(behind,))
+    assert isinstance(answer, Eviction) == isinstance(case.choose(), Eviction)
+    if isinstance(answer, Eviction):
+        assert case.works(answer, done(answer.victims))
+        slept = [victim for victim in answer.victims if victim.how == "sleep" and gpu[0] in victim.gpus]
+        event("somebody sleeps" if slept else "nobody sleeps there")
+        most = [r for r in case.residents if gpu[0] in r.gpus and not r.pinned]
+        if case.waiter.places == (gpu,) and slept:
+            given_up = sum(r.frees(r.leaving or "sleep") for r in most)
+            assert case.room[gpu[0]] + given_up >= case.waiter.need_bytes + behind.need_bytes
 
 
 @look
@@ -289,3 +312,19 @@ def test_sleepers_that_stop_for_the_host_are_enough_and_none_in_vain(case: Case)
         assert case.host_bytes(done(v for v in found if v is not victim)) > case.host
     may = [r for r in case.residents if r.asleep and not (r.busy or r.pinned or r.leaving or r.arriving)]
     assert case.host_bytes(done(found)) <= case.host or len(found) == len(may)
+
+
+@look
+@given(cases())
+def test_one_that_is_to_sleep_fits_with_the_sleepers_that_are_dearer_or_stops(case: Case) -> None:
+    for r in case.residents:
+        if r.asleep or r.arriving or r.leaving == "stop":
+            continue
+        residents = [replace(other, leaving="sleep") if other is r else other for other in case.residents]
+        stops = rather_stops(r.launch_id, residents, case.host, case.aging, NOW)
+        event("it stops" if stops else "it sleeps")
+        others = {o.launch_id for o in case.residents if o.asleep and not (o.busy or o.pinned or o.leaving or o.arriving)}
+        alone = case.host_bytes({r.launch_id: "sleep", **dict.fromkeys(others, "stop")})
+        everybody = case.host_bytes({r.launch_id: "sleep"})
+        assert stops or alone <= case.host
+        assert not stops or everybody > case.host

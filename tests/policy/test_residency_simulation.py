@@ -67,6 +67,7 @@ class Model:
             min_residency_s=self.min_residency_s,
             last_used=self.last_used,
             arrivals=self.arrivals,
+            sleep_s=RETURN_S,
             wake_s=WAKE_S,
             start_s=START_S,
             priority=self.priority,
