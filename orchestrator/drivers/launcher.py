@@ -205,10 +205,10 @@ class Launcher:
         if run.model not in (names := await api.names()):
             raise EngineFailed(f"the engine serves {names}, not {run.model!r}")
         await self._until_segment(run)
-        if run.adopted and await api.sleeping():
-            run.asleep = True
+        if run.adopted:  # it may have slept before, and keeps what that pinned
+            run.asleep = await api.sleeping()
             run.host_bytes = int((await api.rpc("kv_host_memory"))["host_bytes"])
-        else:
+        if not run.asleep:
             await api.probe(run.model)
         status = await api.rpc("kv_status")
         run.capacity_bytes, run.bundle_bytes = int(status["capacity_bytes"]), int(status["bundle_bytes"])

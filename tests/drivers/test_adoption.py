@@ -40,6 +40,20 @@ async def test_a_limit_that_the_former_daemon_wrote_and_did_not_tell_is_told(sho
     assert (await shop.api(launch).rpc("kv_status"))["limit_bytes"] == 10 * BUNDLE
 
 
+async def test_what_an_engine_pinned_when_it_slept_is_known_of_one_that_is_awake_again(shop: Workshop) -> None:
+    launch = await shop.started()
+    shop.launcher.sleep(launch.id, 1)
+    await eventually(lambda: shop.seen(launch).asleep, "asleep")
+    shop.launcher.wake(launch.id)
+    await eventually(lambda: not shop.seen(launch).asleep, "awake")
+    pinned = shop.seen(launch).host_bytes
+    await shop.restart()
+    await shop.launcher.adopt()
+    await shop.ready(launch)
+    assert (shop.seen(launch).asleep, shop.seen(launch).host_bytes) == (False, pinned)
+    assert pinned > 0
+
+
 async def test_a_start_under_way_is_adopted_and_becomes_ready(shop: Workshop) -> None:
     launch = shop.start(fault="slow_start:0.5")
     await eventually(lambda: shop.records.kept.get(launch.id, {}).get("process"), "spawned")
