@@ -17,8 +17,8 @@ ones do, late; *examples* are tables. A rule that only examples hold is a choice
 def page(caught: Sequence[tuple[Bug, Mapping[str, Sequence[str]]]], sound: Sequence[Seen]) -> str:
     lines = [HEAD, "| bug | what it would do | caught by properties and simulation | caught by examples |", "|---|---|---|---|"]
     for bug, by in caught:
-        random = _names([*by["property"], *by["simulation"]]) or f"a choice: {bug.choice or '**not caught**'}"
-        lines.append(f"| {bug.name} | {bug.harm} | {random} | {_names(by['example']) or '-'} |")
+        random = in_words([*by["property"], *by["simulation"]]) or f"a choice: {bug.choice or '**not caught**'}"
+        lines.append(f"| {bug.name} | {bug.harm} | {random} | {in_words(by['example']) or '-'} |")
     lines += ["", "## The properties", "", "Each with the number of random cases that it is tried on in `make test`.", ""]
     lines += ["| property | cases |", "|---|---|"]
     lines += [f"| `{one.test}` | {one.examples} |" for one in sound if one.examples is not None]
@@ -27,7 +27,7 @@ def page(caught: Sequence[tuple[Bug, Mapping[str, Sequence[str]]]], sound: Seque
     return "\n".join(lines) + "\n"
 
 
-def _names(tests: Sequence[str]) -> str:
+def in_words(tests: Sequence[str]) -> str:
     """The first two, in words: all are in bench/results/planted-bugs.json."""
     words = [test.rpartition("::")[2] if "Simulation" not in test else "random histories" for test in tests]
     plain = [word.removeprefix("test_").replace("_", " ") for word in words]

@@ -92,16 +92,23 @@ def test_pools_that_cannot_be_judged_keep_what_they_hold(case: Case) -> None:
 
 
 @quick
-@given(cases(unread=True))
-def test_neighbours_of_a_pool_that_cannot_be_judged_make_no_plans_with_its_memory(case: Case) -> None:
+@given(cases(unread=True) | wide_cases().map(lambda case: without(case, "tight")))
+def test_neighbours_of_a_pool_that_cannot_be_judged_are_planned_without_its_memory(case: Case) -> None:
+    """Beside what it may take their targets fit, if their floors do, and so do their limits after one look, whatever they were."""
     plan = case.plan()
     for gpu, amount in case.amounts.items():
         judged = [pool for pool in case.here(gpu) if pool.launch_id in plan.limits]
         others = [pool for pool in case.here(gpu) if pool.launch_id not in plan.limits]
         room = amount - sum(plan.charges[pool.launch_id] for pool in others)
-        if sum(floor_of(pool) for pool in judged) <= room:
-            event("frozen neighbours" if others else "all judged")
+        if judged and sum(floor_of(pool) for pool in judged) <= room:
+            event("beside one that cannot be judged" if others else "all judged")
             assert sum(plan.limits[pool.launch_id].target_bytes for pool in judged) <= room
+            assert sum(plan.limits[pool.launch_id].limit_bytes for pool in judged) <= room
+
+
+def without(case: Case, gpu: str) -> Case:
+    """While that GPU cannot be read."""
+    return replace(case, amounts={uuid: amount for uuid, amount in case.amounts.items() if uuid != gpu})
 
 
 @quick
@@ -217,6 +224,18 @@ def test_floors_that_do_not_fit_keep_requests_running_first_and_then_the_heavies
     assert given_[at] == floor_of(first) or floor_of(first) + others > amount
 
 
+@quick
+@given(cases(most_gpus=1), st.data(), st.floats(0, 1))
+def test_what_running_requests_need_stands_before_the_rest_of_any_floor(case: Case, data: st.DataObject, share: float) -> None:
+    """Whatever the weights: where that much fits, each has what its largest request needs to end."""
+    pools = tuple(replace(p, live_bytes=int(p.floor_bytes * data.draw(st.sampled_from((0, 0.3, 0.9, 1.2))))) for p in case.pools)
+    alive = [floor_of(replace(pool, floor_bytes=0)) for pool in pools]
+    whole = sum(map(floor_of, pools))
+    given_, _ = floors(pools, sum(alive) + int(share * (whole - sum(alive))))
+    event("whole floors fit" if sum(given_) == whole else "they do not")
+    assert all(got >= need for got, need in zip(given_, alive, strict=True))
+
+
 def _heaviest_first(case: Case) -> list[Pool]:
     return sorted(case.pools, key=lambda pool: (-pool.weight, pool.launch_id))
 
@@ -245,9 +264,10 @@ def test_floors_are_served_before_anybody_else_grows(case: Case) -> None:
 
 
 @quick
-@given(cases(tensor_parallel=0))
+@given(calm_cases())
 def test_where_nothing_presses_a_part_is_kept_in_hand(case: Case) -> None:
     """2 % of P: a burst grows into it at the next look, without waiting for anybody's shrink."""
+    case = replace(case, pools=tuple(replace(pool, gpus=pool.gpus[:1]) for pool in case.pools))
     plan = case.plan()
     for gpu, amount in case.amounts.items():
         if gpu not in plan.pressed:
