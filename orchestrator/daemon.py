@@ -29,6 +29,7 @@ from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.proxy import Proxy
 from orchestrator.api.server import Server
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.keys import Keys
 from orchestrator.control.observe import Observer
 from orchestrator.control.ports import Gpus
 from orchestrator.control.reconciler import Reconciler, View
@@ -88,8 +89,9 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
+    keys = Keys()
     upstreams = Upstreams(launcher.socket)
-    proxy = Proxy(traffic, registry.resolve, upstreams, config.requests.max_body)
+    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body)
     loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
 
     host, port = public.getsockname()[:2]

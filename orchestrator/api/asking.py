@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.types import Scope
 
+from orchestrator.control.keys import Caller
 from orchestrator.control.traffic import TELL_S, Ask, Asker
 from orchestrator.errors import BadRequest
 
@@ -32,6 +33,7 @@ class _Peek(msgspec.Struct):
 
     model: str | msgspec.UnsetType = msgspec.UNSET
     stream: msgspec.Raw = ABSENT
+    stream_options: msgspec.Raw = ABSENT
     max_tokens: msgspec.Raw = ABSENT
     max_completion_tokens: msgspec.Raw = ABSENT
     max_output_tokens: msgspec.Raw = ABSENT
@@ -42,31 +44,29 @@ _decode = msgspec.json.Decoder(_Peek).decode
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """`progress`: it wants to be told what it waits for."""
+    """`progress`: it wants to be told what it waits for. `silent_stream`: it streams, and has not asked to be told its usage."""
 
     model: str
     ask: Ask
     asker: Asker
     progress: bool
+    silent_stream: bool
 
 
-def read(scope: Scope, headers: Mapping[bytes, bytes], body: bytes) -> Asking:
+def read(path: str, headers: Mapping[bytes, bytes], body: bytes, caller: Caller) -> Asking:
     """Raises BadRequest unless the body is a JSON object with a model in it, and the headers that are for us can be understood."""
     peek = _peek(body)
-    progress = _wants_progress(headers) and scope["path"] in STREAMED and bytes(peek.stream) == b"true"
-    asker = Asker(client_of(scope, headers), _priority(headers), _patience_s(headers, progress))
-    return Asking(str(peek.model), _ask(peek, len(body)), asker, progress)
+    streams = path in STREAMED and bytes(peek.stream) == b"true"
+    progress = _wants_progress(headers) and streams
+    asker = Asker(caller.client, _priority(headers), _patience_s(headers, progress))
+    return Asking(str(peek.model), _ask(peek, len(body)), asker, progress, streams and not _wants_usage(peek))
 
 
-def client_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
-    """Whose turn it uses: its address. On this machine, where all have the same, the one that a proxy there names, or its credentials."""
+def address_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+    """Whence it comes; where that is this machine, whence a proxy here says that it comes. "" of a unix socket."""
     address: str = (scope.get("client") or ("",))[0]
-    if address and address != "::1" and not address.startswith("127."):
-        return address
-    if named := headers.get(b"x-forwarded-for"):
+    if (not address or address == "::1" or address.startswith("127.")) and (named := headers.get(b"x-forwarded-for")):
         return named.rpartition(b",")[2].strip().decode("latin-1")
-    if credentials := headers.get(b"authorization"):
-        return f"key {hash(credentials):x}"  # salted anew in each run: of the secret itself nothing is kept
     return address
 
 
@@ -124,6 +124,14 @@ def _peek(body: bytes) -> _Peek:
     if not peek.model or not isinstance(peek.model, str):
         raise BadRequest("The field `model` is missing: name one of GET /v1/models.", param="model", code="missing_required_parameter")
     return peek
+
+
+def _wants_usage(peek: _Peek) -> bool:
+    try:
+        options = msgspec.json.decode(peek.stream_options) if peek.stream_options is not ABSENT else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return True  # it is the engine's to refuse
+    return isinstance(options, dict) and options.get("include_usage") is True
 
 
 def _ask(peek: _Peek, body_bytes: int) -> Ask:

@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.api import asking, error_body
+from orchestrator.api import asking, error_body, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
 from orchestrator.api.progress import Progress
 from orchestrator.api.server import CLIENT, Client
 from orchestrator.api.upstream import Answer, Upstreams
+from orchestrator.api.usage import Meter
+from orchestrator.control.keys import Keys
 from orchestrator.control.traffic import Traffic
 from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
 
@@ -32,18 +34,27 @@ UNBUFFERED = (b"x-accel-buffering", b"no")  # nginx, before us, must not collect
 class Proxy:
     """`resolve`: name or alias -> model, raising ModelNotFound."""
 
-    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], upstreams: Upstreams, max_body_bytes: int) -> None:
-        self._traffic, self._resolve, self._upstreams, self._max_body = traffic, resolve, upstreams, max_body_bytes
+    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], upstreams: Upstreams, keys: Keys, max_body_bytes: int) -> None:
+        self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = dict(scope["headers"])
+            caller = self._keys.caller(headers, asking.address_of(scope, headers))
             body = await _read_body(headers, receive, self._max_body)
             if body is None:
                 return  # the client left
-            wanted = asking.read(scope, headers, body)
+            wanted = asking.read(scope["path"], headers, body, caller)
             model = self._resolve(wanted.model)
-            await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted))
+            caller.enter(model)
+            meter: Meter | None = None
+            try:
+                if caller.metered:
+                    unasked = wanted.silent_stream and scope["path"] in usage.ASKS
+                    meter, body = Meter(hides_usage=unasked), usage.asked_for(body) if unasked else body
+                await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, meter))
+            finally:
+                caller.leave(model, meter.usage() if meter else None)
         except OrchestratorError as error:
             await _send_error(send, error)
         except Exception:
@@ -51,25 +62,27 @@ class Proxy:
             # Raises where the answer had begun: then the server breaks it off.
             await _send_error(send, error_body.BUG)
 
-    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking) -> None:
+    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking, meter: Meter | None) -> None:
         progress = Progress(send, model)
         tell = progress.tell if wanted.progress else None
         try:
             async with self._traffic.lease(model, wanted.ask, wanted.asker, tell) as launch_id:
-                await self._forward(scope, send, model, launch_id, body, progress)
+                await self._forward(scope, send, model, launch_id, body, progress, meter)
         except OrchestratorError as error:
             if not progress.begun:
                 raise
             await progress.end(error)
 
-    async def _forward(self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes, progress: Progress) -> None:
+    async def _forward(
+        self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes, progress: Progress, meter: Meter | None
+    ) -> None:
         """Raises EngineDied while the client can still be told in order; later than that the stream is broken off."""
         # Where the answer has begun it has as plain text.
         dropped = DROPPED | {b"accept-encoding"} if progress.begun else DROPPED
         started = streaming = False
         client: Client = scope["extensions"][CLIENT]
         try:
-            answer = await self._upstreams.of(launch_id).ask(_head(scope, len(body), dropped), body)
+            answer = await self._upstreams.of(launch_id).ask(_head(scope, len(body), dropped), body, meter)
             try:
                 streaming = answer.content_type.startswith(b"text/event-stream")
                 if progress.begun and not streaming:

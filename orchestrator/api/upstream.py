@@ -13,6 +13,7 @@ from typing import cast
 from httptools import HttpParserError, HttpResponseParser
 
 from orchestrator.api.server import Client
+from orchestrator.api.usage import Meter
 
 CONNECT_S = 5.0
 # Engines close idle connections after 75 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); this side must give up earlier, or requests meet the end.
@@ -48,6 +49,7 @@ class Answer(asyncio.Protocol):
         self.status = 0
         self.headers: Headers = []
         self.content_type = b""
+        self._meter: Meter | None = None
         self._client: Client | None = None
         self._chunks: list[bytes] = []
         self._held = 0
@@ -55,8 +57,9 @@ class Answer(asyncio.Protocol):
 
     # ---- its user ----
 
-    def send(self, head: bytes, body: bytes) -> None:
+    def send(self, head: bytes, body: bytes, meter: Meter | None) -> None:
         self._begin()
+        self._meter = meter
         self._transport.writelines((head, body))
 
     async def head(self) -> None:
@@ -190,6 +193,8 @@ class Answer(asyncio.Protocol):
             self.headers = []  # an interim answer: the real one follows
 
     def on_body(self, body: bytes) -> None:
+        if self._meter is not None and not (body := self._meter.part(body)):
+            return
         self._chunks.append(body)
         if self._client is not None:
             return
@@ -211,24 +216,24 @@ class Upstream:
         self._idle: list[Answer] = []
         self._closed = False
 
-    async def ask(self, head: bytes, body: bytes) -> Answer:
-        """Send a request; returns when the head of its answer is there. The caller must release() it. Raises OSError: Broken, or why it
-        could not be connected.
+    async def ask(self, head: bytes, body: bytes, meter: Meter | None = None) -> Answer:
+        """Send a request; returns when the head of its answer is there. The caller must release() it. `meter` sees each part of its
+        body. Raises OSError: Broken, or why it could not be connected.
 
         A kept connection may have ended in the very moment that it was used: then nothing has come back, and the request is sent once more.
         """
         kept = self._kept()
         if kept is not None:
             try:
-                return await self._on(kept, head, body)
+                return await self._on(kept, head, body, meter)
             except Broken as broken:
                 if broken.begun:
                     raise
-        return await self._on(await self._connect(), head, body)
+        return await self._on(await self._connect(), head, body, meter)
 
-    async def _on(self, answer: Answer, head: bytes, body: bytes) -> Answer:
+    async def _on(self, answer: Answer, head: bytes, body: bytes, meter: Meter | None) -> Answer:
         try:
-            answer.send(head, body)
+            answer.send(head, body, meter)
             await answer.head()
         except BaseException:
             answer.close()

@@ -12,6 +12,7 @@ from orchestrator.api.openai import forwarded
 from orchestrator.api.proxy import Proxy
 from orchestrator.api.server import Server
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.keys import Keys
 from orchestrator.control.traffic import Door, Traffic
 from tests.api.rawclient import Client, connected
 from tests.api.upstream import Upstream, scripted
@@ -46,7 +47,7 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096)
         upstream = await stack.enter_async_context(scripted(folder / "engine.sock"))
         traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
-        proxy = Proxy(traffic, lambda name: name, upstreams, 1 << 20)
+        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), 1 << 20)
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = Server(UsersApp([], forwarded(proxy), None, None), access_log=False)
         serving = asyncio.create_task(server.serve([public]))

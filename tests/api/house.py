@@ -18,6 +18,7 @@ from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.proxy import Proxy
 from orchestrator.api.server import Server
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.keys import Keys
 from orchestrator.control.observe import Observer
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
@@ -198,7 +199,7 @@ async def house(
         await registry.load()
         traffic = Traffic(wake.set, max_wait_s)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
-        proxy = Proxy(traffic, registry.resolve, upstreams, max_body_bytes)
+        proxy = Proxy(traffic, registry.resolve, upstreams, Keys(), max_body_bytes)
         loop = Reconciler(registry, traffic, engines, Observer(Cards(), engines, traffic.seen, time.monotonic), store, rules, 0.05, wake)
         about = About(
             listen=lambda: "http://127.0.0.1:1",

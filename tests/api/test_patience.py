@@ -6,7 +6,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from orchestrator.api.asking import client_of, read
+from orchestrator.api.asking import address_of, read
+from orchestrator.control.keys import Caller, Keys
 from orchestrator.errors import BadRequest
 from tests.api.doorway import Doorway, doorway
 from tests.api.rawclient import Client
@@ -18,7 +19,7 @@ LOCAL = ("127.0.0.1", 5)
 
 
 def patience(*headers: tuple[bytes, bytes], body: bytes = BODY) -> float | None:
-    return read({"path": CHAT, "client": LOCAL}, dict(headers), body).asker.patience_s
+    return read(CHAT, dict(headers), body, Caller("")).asker.patience_s
 
 
 @pytest.mark.parametrize("name", [b"x-stainless-read-timeout", b"x-stainless-timeout", b"x-request-timeout"])
@@ -51,7 +52,8 @@ def test_who_is_told_what_goes_on_is_not_in_silence() -> None:
 
 
 def client(address: str | None, *headers: tuple[bytes, bytes]) -> str:
-    return client_of({"client": (address, 5) if address else None}, dict(headers))
+    given = dict(headers)
+    return Keys().caller(given, address_of({"client": (address, 5) if address else None}, given)).client
 
 
 def test_a_client_is_its_address() -> None:
@@ -89,10 +91,10 @@ async def test_a_header_for_us_that_is_wrong_is_a_400_with_the_mend(folder: Path
 
 @pytest.mark.parametrize("value", [b"-8", b"8", b"+3", b"-0"])
 def test_priorities_that_are_right(value: bytes) -> None:
-    with_it = read({"path": CHAT, "client": LOCAL}, {b"x-priority": value}, BODY)
+    with_it = read(CHAT, {b"x-priority": value}, BODY, Caller(""))
     assert with_it.asker.priority == int(value)
     with pytest.raises(BadRequest):
-        read({"path": CHAT, "client": LOCAL}, {b"x-priority": value + b"0"}, BODY)
+        read(CHAT, {b"x-priority": value + b"0"}, BODY, Caller(""))
 
 
 @pytest.mark.asyncio
