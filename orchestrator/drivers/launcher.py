@@ -31,7 +31,7 @@ from orchestrator.policy.snapshot import EngineSeen, Segment
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-HEALTH_POLL_S = 0.02  # somebody waits for it; a look at a socket that nobody listens at takes 0.2 ms
+HEALTH_POLL_S = 0.02  # somebody waits for it; a look at a socket that nobody listens at takes 0.3 ms
 SEGMENT_TIMEOUT_S = 10.0  # kvcached makes its segment before the server answers; a plain vLLM never does
 KEPT_LOGS = 5  # of earlier launches of the same model
 

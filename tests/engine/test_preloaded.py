@@ -111,3 +111,51 @@ def test_a_fork_is_asked_whether_it_may_use_the_gpu(tmp_path: Path, answer: int)
     places = os.pathsep.join([str(tmp_path), str(SERVE.parent)])
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": places}, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == str(answer != 3)
+
+
+REHEARSAL = """
+    import preloaded, sys
+    for name in preloaded._imported_late():
+        __import__(name)
+    print(sorted({"late", "serve", "state"} & set(sys.modules)), getattr(sys.modules.get("state"), "spoilt", None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rehearse", "imported"),
+    [
+        ("import late, state\n    state.spoilt = True", "['late', 'serve', 'state'] False"),
+        ("import late\n    raise ValueError('no')", "[] None"),
+        ("import os\n    os.abort()", "[] None"),
+    ],
+    ids=["works", "fails", "dies"],
+)
+def test_what_a_start_imports_late_is_seen_in_a_fork_that_is_thrown_away(tmp_path: Path, rehearse: str, imported: str) -> None:
+    (tmp_path / "late.py").touch()
+    (tmp_path / "state.py").write_text("spoilt = False\n")
+    (tmp_path / "serve.py").write_text(f"def rehearse():\n    {rehearse}\n")
+    places = os.pathsep.join([str(tmp_path), str(SERVE.parent)])
+    command = [sys.executable, "-c", textwrap.dedent(REHEARSAL)]
+    done = subprocess.run(command, env={"PYTHONPATH": places}, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == imported
+
+
+def test_what_is_asked_ahead_is_remembered_and_what_is_not_there_is_said(tmp_path: Path) -> None:
+    platform = "class It:\n    major, minor = 9, 0\n    def get_device_capability(self):\n        return self\ncurrent_platform = It()\n"
+    modules = {
+        "triton/runtime/cache.py": "asked = []\ndef triton_key():\n    asked.append('key')\n",
+        "triton/backends/nvidia/compiler.py": "asked = []\ndef get_ptxas_version(arch):\n    asked.append(arch)\n",
+        "serve.py": "asked = []\ndef parser():\n    asked.append('parser')\n",
+        "vllm/platforms.py": platform,
+    }
+    for name, body in modules.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body)
+    code = "import preloaded, serve, triton.runtime.cache as c, triton.backends.nvidia.compiler as n\n"
+    code += "preloaded._ask_ahead(); print(serve.asked, c.asked, n.asked)"
+    places = os.pathsep.join([str(tmp_path), str(SERVE.parent)])
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": places}, capture_output=True, text=True, timeout=60, check=True)
+    told, asked = done.stdout.splitlines()
+    assert told.startswith("not asked ahead: triton.backends.nvidia.driver.library_dirs: ModuleNotFoundError")
+    assert asked == "['parser'] ['key'] [90]"

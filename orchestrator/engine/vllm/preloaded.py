@@ -8,9 +8,13 @@ and huggingface_hub. Checked with vLLM 0.24.0 + kvcached 0.1.6.
 import ctypes
 import importlib
 import importlib.metadata
+import json
 import os
 import runpy
+import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 CUDA_ERROR_NOT_INITIALIZED = 3
 NEEDED = (
@@ -28,11 +32,31 @@ USUAL = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.attention.backends.flash_attn",
     "vllm.model_executor.model_loader",
+    "vllm.compilation.passes.fusion.allreduce_rms_fusion",
+    "vllm.device_allocator.cumem",
+    "vllm.distributed.device_communicators.custom_all_reduce",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.fused_allreduce_gemma_rms_norm",
+    "vllm.model_executor.warmup.minimax_m3_msa_warmup",
+    "vllm.renderers.hf",
+    "vllm.transformers_utils.chat_templates.registry",
+    "vllm.triton_utils.jit_monitor",
+    "vllm.v1.attention.backends.flex_attention",
+    "vllm.v1.attention.backends.turboquant_attn",
+    "vllm.v1.core.sched.async_scheduler",
+    "vllm.v1.spec_decode.dynamic.utils",
+    "kvcached.integration.vllm.interfaces",
+    "kvcached.observability",
+    "kvcached.pool_registry",
+    "triton.compiler.code_generator",
+    "triton.experimental.gluon.nvidia",
     *(f"vllm.model_executor.models.{name}" for name in ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral", "gemma3", "phi3")),
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.models.audioflamingo3",
     "tokenizers",
 )
+REHEARSAL_S = 60.0  # 1 s, unless it hangs
 
 
 def load() -> dict[str, str]:
@@ -40,15 +64,63 @@ def load() -> dict[str, str]:
     for name in NEEDED:
         importlib.import_module(name)
     for name in USUAL:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            print(f"not preloaded: {name}: {type(error).__name__}: {error}", flush=True)
+        _try(f"not preloaded: {name}", importlib.import_module, name)
+    for name in _imported_late():
+        _try(f"not preloaded: {name}", importlib.import_module, name)
+    _ask_ahead()
     import torch
 
     if torch.cuda.is_initialized() or not _forks_may_use_the_gpu():
         raise RuntimeError("CUDA was initialised while vLLM was imported: a process forked from here could not use it")
     return {name: importlib.metadata.version(name) for name in ("vllm", "kvcached", "torch")}
+
+
+def _ask_ahead() -> None:
+    """Answers that are remembered, the same in each engine, and 0.4 s of its start: to look into its cache Triton hashes all of itself."""
+    for module, name in (("triton.runtime.cache", "triton_key"), ("triton.backends.nvidia.driver", "library_dirs"), ("serve", "parser")):
+        _try(f"not asked ahead: {module}.{name}", _ask, module, name)
+    _try("not asked ahead: the version of ptxas", _ptxas_version)
+
+
+def _ptxas_version() -> None:
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if capability is not None:
+        _ask("triton.backends.nvidia.compiler", "get_ptxas_version", capability.major * 10 + capability.minor)
+
+
+def _ask(module: str, name: str, *arguments: Any) -> None:
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def _try(what: str, do: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        do(*arguments)
+    except Exception as error:
+        print(f"{what}: {type(error).__name__}: {error}", flush=True)
+
+
+def _imported_late() -> list[str]:
+    """What a start imports besides, as seen in a fork that rehearses one: its web server's parts, which are 0.3 s of each start."""
+    hears, tells = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(int(REHEARSAL_S))
+            before = set(sys.modules)
+            importlib.import_module("serve").rehearse()
+            late = [name for name in sys.modules if name not in before]
+            os.write(tells, json.dumps(late).encode())
+        except BaseException as error:
+            print(f"a start could not be rehearsed: {type(error).__name__}: {error}", flush=True)
+        finally:
+            os._exit(0)
+    os.close(tells)
+    with open(hears, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return list(json.loads(said)) if said else []
 
 
 def _forks_may_use_the_gpu() -> bool:
