@@ -7,6 +7,10 @@ import sys
 NAMES = {
     "demo": ("bench.demo", "two models on a simulated GPU: bursts, and how the budgets move (make demo)"),
     "budgets": ("bench.budgets", "the allocator's cost, the loop's share of a core, seconds until a limit is in force; no GPU"),
+    "proxy": (
+        "bench.proxy",
+        "CPU of a plain request and a streamed chunk through ours, nginx, the vLLM and SGLang routers, LiteLLM; no GPU",
+    ),
     "gpu-first-run": ("bench.gpu_first_run", "two real vLLM engines on one GPU: NVML before, idle, in a burst, after, and gone"),
     "gpu-budgets": ("bench.gpu_budgets", "limits on a GPU: idle memory, grabs by others, starved requests, throughput"),
     "gpu-residency": ("bench.gpu_residency", "cold starts, sleep and wake on a GPU; sixteen models on a card for five, and what is left"),
