@@ -6,6 +6,7 @@ noted and the others go on; results are written after each.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ SIMULATED = {**SHAPES, "qwen-7b": LARGE}
 LENGTH = "8192"  # tokens: --max-model-len of every engine
 ARGS = ("--enforce-eager", "--max-model-len", LENGTH)  # of each model, so that they are known when its footprint is estimated
 CHURN_MORE_S = 75.0  # for the ballast, for requests under way at the end, and for the removals
+OF_A_RUN = frozenset({"orphans", "loop_errors", "minutes", "oom_lines"})
 LEAST_S = 25.0  # a part is not begun with less
 PARTS: Mapping[str, Callable[[Rig, float, Part], None]] = {"cold": cold.run, "wake": wakes.run, "churn": churn.run}
 
@@ -50,6 +52,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order (default: %(default)s)")
+    parser.add_argument("--add-to", type=Path, help="results of a run of other parts, which this one completes: they stay, and are said")
     parser.add_argument("--limit-s", type=float, default=560.0, help="the whole run; parts that no longer fit are left out")
     parser.add_argument("--cold-s", type=float, default=120.0, help="for the part cold")
     parser.add_argument("--wake-s", type=float, default=110.0, help="for the part wake")
@@ -76,6 +79,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     began = time.monotonic()
+    earlier = json.loads(options.add_to.read_text()) if options.add_to else None
     whole = Part(notes={"parts": {}, "models": dict(options.model), "args": ARGS, "simulated": options.simulated, "seed": options.seed})
     budgets = {"cold": options.cold_s, "wake": options.wake_s, "churn": options.churn_s + CHURN_MORE_S}
     with Rig(options, dict(options.model), ARGS) as rig:
@@ -88,6 +92,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         folders = _end(rig, whole)
     _after(whole, folders)
     whole.figures["minutes"] = (time.monotonic() - began) / 60
+    if earlier is not None:
+        _complete(whole, earlier)
     path = _write(options, whole, command, gpu)
     print()
     for key, value in whole.figures.items():
@@ -139,6 +145,14 @@ def _after(whole: Part, folders: list[Path]) -> None:
     whole.figures["orphans"] = whole.figures.get("orphans", 0) + len(left)
     whole.notes["after"] = {"processes": left}
     whole.passed["nothing outlives the daemons"] = not left
+
+
+def _complete(whole: Part, earlier: Mapping[str, Any]) -> None:
+    """Figures of parts that only the earlier run had; of those that belong to a run and not to a part, the worse."""
+    for key, value in earlier["figures"].items():
+        whole.figures[key] = max(value, whole.figures[key]) if key in OF_A_RUN and key in whole.figures else whole.figures.get(key, value)
+    whole.notes["earlier"] = {key: earlier[key] for key in ("date", "command", "commit", "machine", "versions", "notes")}
+    whole.passed |= {f"{text} (earlier run)": ok for text, ok in earlier["notes"]["passed"].items()}
 
 
 def _write(options: argparse.Namespace, whole: Part, command: str, gpu: str) -> Path:
