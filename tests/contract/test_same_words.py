@@ -42,17 +42,16 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.asyncio,
     pytest.mark.timeout(400),
     pytest.mark.skipif("ENGINE_PYTHON" not in os.environ, reason="no engine venv: set ENGINE_PYTHON and ENGINE_MODEL"),
 ]
 
 
-async def test_answers_are_the_same_however_an_engine_was_started(tmp_path: Path) -> None:
+def test_answers_are_the_same_however_an_engine_was_started(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    plain = await answers(tmp_path / "plain", env | {"ENGINE_PLAIN_START": "1"}, forked=False)
-    assert await answers(tmp_path / "executed", env, forked=False) == plain
-    assert await answers(tmp_path / "forked", env, forked=True) == plain
+    plain = asyncio.run(answers(tmp_path / "plain", env | {"ENGINE_PLAIN_START": "1"}, forked=False))
+    assert asyncio.run(answers(tmp_path / "executed", env, forked=False)) == plain
+    assert asyncio.run(answers(tmp_path / "forked", env, forked=True)) == plain
     assert plain["json"][0]["message"]["content"].lstrip().startswith("{")  # random weights may go on with spaces for ever
 
 

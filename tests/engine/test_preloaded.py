@@ -23,6 +23,8 @@ MODULES = {
         DEFAULT_IPC_NAME = os.getenv("KVCACHED_IPC_NAME") or "kvcached_vLLM_1"
         SHM_DIR = "/dev/shm"
         _LEVEL_TO_COLOR = {logging.DEBUG: "x"}
+        def get_tp_socket_dir():
+            return "/tmp/kvcached-tp-" + DEFAULT_IPC_NAME
         def get_log_level():
             return getattr(logging, os.getenv("KVCACHED_LOG_LEVEL", "INFO").upper())
         def get_kvcached_logger(name="kvcached"):
@@ -33,6 +35,7 @@ MODULES = {
             return logger
         get_kvcached_logger()
     """,
+    "kvcached/tp_ipc_util.py": "from kvcached.utils import get_tp_socket_dir\nSOCKET_DIR = get_tp_socket_dir()",
     "kvcached/kv_cache_manager.py": "from kvcached.utils import CONTIGUOUS_LAYOUT, DEFAULT_IPC_NAME, SHM_DIR",
     "kvcached/integration/__init__.py": "from kvcached.utils import CONTIGUOUS_LAYOUT\n_contiguous_layout: bool = CONTIGUOUS_LAYOUT",
     "vllm/__init__.py": "",
@@ -53,7 +56,7 @@ MODULES = {
 }
 SCRIPT = """
     import json, multiprocessing.spawn, os, sys
-    import kvcached.integration, kvcached.kv_cache_manager, kvcached.utils, preloaded
+    import kvcached.integration, kvcached.kv_cache_manager, kvcached.tp_ipc_util, kvcached.utils, preloaded
     from vllm.platforms import current_platform as gpu
     before = [gpu.capability(0), gpu.name(), kvcached.utils.DEFAULT_IPC_NAME]
     os.environ.update(json.loads(sys.argv[1]))
@@ -62,6 +65,7 @@ SCRIPT = """
     print(json.dumps({
         "before": before, "gpu": [gpu.capability(0), gpu.name()],
         "ipc": [kvcached.utils.DEFAULT_IPC_NAME, manager["DEFAULT_IPC_NAME"]], "shm": manager["SHM_DIR"],
+        "sockets": kvcached.tp_ipc_util.SOCKET_DIR,
         "layout": [kvcached.utils.CONTIGUOUS_LAYOUT, manager["CONTIGUOUS_LAYOUT"], kvcached.integration._contiguous_layout],
         "tokens": kvcached.utils.MAX_CACHED_TOKENS, "level": kvcached.utils.get_kvcached_logger().level,
         "main": multiprocessing.spawn.get_preparation_data("x")["init_main_from_path"],
@@ -88,7 +92,7 @@ def test_what_kvcached_read_when_it_was_imported_is_read_anew_wherever_it_went(t
     mine = {"KVCACHED_IPC_NAME": "orch-a", "KVCACHED_MAX_CACHED_TOKENS": "7", "KVCACHED_CONTIGUOUS_LAYOUT": "false"}
     seen = found(tmp_path, **mine, KVCACHED_LOG_LEVEL="debug")
     assert seen["before"][2] == "kvcached_vLLM_1"
-    assert seen["ipc"] == ["orch-a", "orch-a"]
+    assert (seen["ipc"], seen["sockets"]) == (["orch-a", "orch-a"], "/tmp/kvcached-tp-orch-a")
     assert seen["layout"] == [False, False, False]
     assert (seen["tokens"], seen["level"], seen["shm"]) == (7, 10, "/dev/shm")
 
