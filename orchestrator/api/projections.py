@@ -72,6 +72,7 @@ def model(name: str, known: Models, view: View | None, places: Places) -> Json:
         "name": name,
         "source": spec.source if spec else None,
         "aliases": list(spec.aliases) if spec else [],
+        "adapters": dict(spec.adapters) if spec else {},
         "owner": registered.owner if registered else "removed",
         "state": found.state.value,
         "since_s": round(max(0.0, now - found.since), 1) if found.since else 0.0,

@@ -35,6 +35,8 @@ class AddModel(click.Command):
 @click.argument("name")
 @click.argument("source")
 @click.option("--alias", "aliases", multiple=True, metavar="A", help="Another name that requests may use. Repeatable.")
+@click.option("--adapter", "adapters", multiple=True, type=options.adapter, metavar="NAME=SOURCE",
+              help="A LoRA adapter of it, asked for by that name. Repeatable; ranks above 16: `-- --max-lora-rank N`.")  # fmt: skip
 @click.option("--gpu", "gpus_wanted", multiple=True, type=options.gpu, metavar="G",
               help="A GPU it may use, by index or UUID. Repeatable. [default: auto]")  # fmt: skip
 @click.option(
@@ -142,15 +144,21 @@ def spec_of(given: dict[str, Any], engine_args: list[str]) -> Json:
         spec["gpus"] = "auto" if "auto" in wanted else list(wanted)
     if variables := spec.pop("variables", ()):
         spec["env"] = dict(variables)
+    if adapters := spec.pop("adapters", ()):
+        spec["adapters"] = {name: _as_the_daemon_sees_it(source) for name, source in adapters}
     if "aliases" in spec:
         spec["aliases"] = list(spec["aliases"])
     if engine_args:
         spec["args"] = engine_args
     spec |= dict.fromkeys((each for each in ("sleep_timeout", "idle_timeout") if spec.get(each) == "never"), None)
-    # The daemon has another working directory and home. `org/name` stays a Hub id even where such a folder exists.
-    if spec["source"].startswith(("./", "../", "~")) or spec["source"] in (".", ".."):
-        spec["source"] = os.path.abspath(os.path.expanduser(spec["source"]))
+    spec["source"] = _as_the_daemon_sees_it(spec["source"])
     return spec
+
+
+def _as_the_daemon_sees_it(source: str) -> str:
+    """It has another working directory and home. `org/name` stays a Hub id even where such a folder exists."""
+    local = source.startswith(("./", "../", "~")) or source in (".", "..")
+    return os.path.abspath(os.path.expanduser(source)) if local else source
 
 
 @click.command()

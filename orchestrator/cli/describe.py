@@ -104,6 +104,7 @@ def _head(model: Json) -> str:
         [
             ("Name", model.get("name")),
             ("Aliases", ", ".join(model.get("aliases") or ())),
+            ("Adapters", ", ".join(model.get("adapters") or ())),
             ("State", f"{state(said)} for {duration(model.get('since_s'))}"),
             ("Reason", bare(model.get("reason") or "")),
             ("Held", "yes: stopped by hand, requests do not start it" if model.get("held") else None),

@@ -135,6 +135,14 @@ def variable(text: str) -> tuple[str, str]:
     return key, value
 
 
+def adapter(text: str) -> tuple[str, str]:
+    """NAME=SOURCE."""
+    name, equals, source = text.partition("=")
+    if not equals or not name or not source:
+        raise click.BadParameter(f"{text!r} is not NAME=SOURCE: write it like sql=/adapters/sql")
+    return name, source
+
+
 def gpu(text: str) -> int | str:
     """An index, a UUID, or `auto`."""
     return int(text) if re.fullmatch(r"[0-9]{1,4}", text.strip()) else text.strip()

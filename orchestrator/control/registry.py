@@ -56,7 +56,7 @@ class Registry:
         self._learned: dict[str, Mapping[str, float]] = {}
         self._known: dict[str, Known] = {}
         self._bases: dict[str, ModelSpec] = {}  # as it was written, before overrides
-        self._by_name: dict[str, str] = {}  # names and aliases -> model
+        self._by_name: dict[str, str] = {}  # names, aliases and adapters -> model
         self.dropped: list[str] = []  # models whose overrides no longer go with their spec
         self.overruled: list[str] = []  # models in the store whose name a config file has taken: the file wins
 
@@ -66,7 +66,7 @@ class Registry:
         self._learned = dict(stored.footprints)
         for owner, specs in (("file", self._file_specs), ("api", stored.models)):
             for spec in specs:
-                if any(name in self._by_name for name in (spec.name, *spec.aliases)):
+                if any(name in self._by_name for name in spec.names):
                     self.overruled.append(spec.name)
                     continue
                 held, overrides = spec.name in stored.held, stored.overrides.get(spec.name, {})
@@ -83,7 +83,7 @@ class Registry:
         return self._known
 
     def resolve(self, name: str) -> str:
-        """The model that a name or alias means. Raises ModelNotFound, which lists what there is."""
+        """The model that a name, an alias or an adapter's name means. Raises ModelNotFound, which lists what there is."""
         model = self._by_name.get(name)
         if model is None:
             near = difflib.get_close_matches(name, self._by_name, 1)
@@ -185,7 +185,7 @@ class Registry:
 
     def _put(self, model: Known) -> None:
         self._known[model.spec.name] = model
-        for name in (model.spec.name, *model.spec.aliases):
+        for name in model.spec.names:
             self._by_name[name] = model.spec.name
 
     def _footprint(self, spec: ModelSpec) -> Footprint:
@@ -194,10 +194,11 @@ class Registry:
         return estimated.learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
 
     def _refuse_taken(self, spec: ModelSpec) -> None:
-        for name in (spec.name, *spec.aliases):
+        for name in spec.names:
             if model := self._by_name.get(name):
                 owner = "in a config file" if self._known[model].owner == "file" else "already"
-                what = "is a model" if model == name else f"is an alias of {model!r}"
+                of = "adapter" if name in self._known[model].spec.adapters else "alias"
+                what = "is a model" if model == name else f"is an {of} of {model!r}"
                 raise Conflict(
                     f"The name {name!r} {what} that is registered {owner}: take another name, or `orchestratorctl rm {model}` first.",
                     param="name",

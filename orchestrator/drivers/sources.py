@@ -22,23 +22,10 @@ class Sources:
         self._hub = Path(environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
 
     def problem(self, spec: ModelSpec) -> str | None:
-        if not _is_path(spec.source):
-            return None
-        folder = Path(spec.source)
-        if not folder.is_absolute():
-            return f"{spec.source!r} is a relative path, and the daemon has no folder of yours: write the absolute path"
-        try:
-            if not folder.exists():
-                return f"there is no folder {spec.source!r}"
-            if not folder.is_dir():
-                return f"{spec.source!r} is a file: name the model's folder"
-            if not (folder / "config.json").is_file():
-                return f"{spec.source!r} is no model folder: it has no config.json"
-        except PermissionError as error:
-            return f"the daemon's user may not read it: {error}"
-        except OSError as error:
-            return f"{spec.source[:200]!r} can not be read: {error.strerror}"
-        return None
+        if why := _unusable(spec.source, "model", "config.json"):
+            return why
+        found = ((name, _unusable(source, "adapter", "adapter_config.json")) for name, source in spec.adapters.items())
+        return next((f"its adapter {name!r}: {why}" for name, why in found if why), None)
 
     def shape(self, spec: ModelSpec) -> Shape | None:
         """None where nothing can be read, or nothing can be understood."""
@@ -60,6 +47,27 @@ class Sources:
             return max(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, default=None)
         except OSError:
             return None
+
+
+def _unusable(source: str, what: str, file: str) -> str | None:
+    """Why this folder is none of a model, or of an adapter. Hub ids are left to vLLM."""
+    if not _is_path(source):
+        return None
+    folder = Path(source)
+    if not folder.is_absolute():
+        return f"{source!r} is a relative path, and the daemon has no folder of yours: write the absolute path"
+    try:
+        if not folder.exists():
+            return f"there is no folder {source!r}"
+        if not folder.is_dir():
+            return f"{source!r} is a file: name the {what}'s folder"
+        if not (folder / file).is_file():
+            return f"{source!r} is no {what} folder: it has no {file}"
+    except PermissionError as error:
+        return f"the daemon's user may not read it: {error}"
+    except OSError as error:
+        return f"{source[:200]!r} can not be read: {error.strerror}"
+    return None
 
 
 def _is_path(source: str) -> bool:

@@ -61,6 +61,7 @@ def command(launch: Launch, venv: EngineVenv, socket: Path) -> list[str]:
         *("--tensor-parallel-size", str(spec.tensor_parallel_size)),
         *("--kv-cache-memory-bytes", str(launch.ceiling_bytes)),  # honoured exactly: the segment's start-up total is this
         *(["--enable-sleep-mode"] if spec.sleep_level else []),
+        *(["--enable-lora", "--lora-modules", *(f"{name}={source}" for name, source in spec.adapters.items())] if spec.adapters else []),
         *venv.args,
         *spec.args,
     ]

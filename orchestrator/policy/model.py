@@ -38,6 +38,7 @@ OWNED_ARGS = {
     "--ssl-keyfile": "- put TLS in front of the daemon",
     "--ssl-certfile": "- put TLS in front of the daemon",
     "--enable-sleep-mode": "sleep_level",
+    "--lora-modules": "adapters",
     "--worker-extension-cls": "- the daemon's own code answers in the engine",
 }
 OWNED_ENV = (
@@ -102,6 +103,9 @@ class ModelSpec(BaseModel):
     name: str = Field(description="What users write as `model` in a request; unique among names and aliases.")
     source: str = Field(min_length=1, description="Hub id (`Qwen/Qwen2.5-7B-Instruct`) or path of a model folder.")
     aliases: tuple[str, ...] = Field(default=(), description="Other names that requests may use.")
+    adapters: dict[str, str] = Field(
+        default_factory=dict, description="LoRA adapters, each a model of its own to users: name to Hub id or folder."
+    )
     gpus: Literal["auto"] | tuple[Annotated[int, Field(ge=0, strict=True)] | str, ...] = Field(
         default="auto", description="`auto`, or the GPUs it may use, by index or UUID."
     )
@@ -153,6 +157,15 @@ class ModelSpec(BaseModel):
             raise ValueError("an alias is given twice: remove one")
         return aliases
 
+    @field_validator("adapters")
+    @classmethod
+    def _adapters(cls, adapters: dict[str, str]) -> dict[str, str]:
+        for name, source in adapters.items():
+            check_name(name)
+            if not source.strip():
+                raise ValueError(f"{name!r} has no source: name its folder or its Hub id")
+        return adapters
+
     @field_validator("gpus")
     @classmethod
     def _gpus(cls, gpus: Literal["auto"] | tuple[int | str, ...]) -> Literal["auto"] | tuple[int | str, ...]:
@@ -188,6 +201,8 @@ class ModelSpec(BaseModel):
     def _bounds(self) -> "ModelSpec":
         if self.name in self.aliases:
             raise ValueError(f"aliases: {self.name!r} is already the name: remove it from the aliases")
+        if twice := sorted(self.adapters.keys() & {self.name, *self.aliases}):
+            raise ValueError(f"adapters: {twice[0]!r} is a name of the model itself: an adapter needs one of its own")
         if self.kv_floor is not None and self.kv_ceiling is not None and self.kv_floor > self.kv_ceiling:
             floor, ceiling = show_bytes(self.kv_floor), show_bytes(self.kv_ceiling)
             raise ValueError(f"kv_floor ({floor}) is above kv_ceiling ({ceiling}): lower the floor or raise the ceiling")
@@ -196,13 +211,18 @@ class ModelSpec(BaseModel):
             raise ValueError(f"gpus: {len(self.gpus)} named, but {wanted}: name at least as many GPUs, or auto")
         return self
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that users may write to reach its engine."""
+        return (self.name, *self.aliases, *self.adapters)
+
     def launch_key(self) -> str:
         """A digest of all that an engine is started with. A change elsewhere (weight, priority, timeouts) needs no restart."""
         parts = self.model_dump(
             include={"name", "aliases", "source", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens"},
             mode="json",
         )
-        return _digest({**parts, "sleeps": self.sleep_level > 0})
+        return _digest({**parts, **self._with_adapters(), "sleeps": self.sleep_level > 0})
 
     def served_by(self, launched: "ModelSpec") -> bool:
         """Whether an engine that was started for `launched` serves this spec. Asked in each look; mostly they are one object."""
@@ -210,7 +230,12 @@ class ModelSpec(BaseModel):
 
     def footprint_key(self) -> str:
         """A digest of all that decides how much memory and time an engine needs: shared by two models of the same source."""
-        return _digest(self.model_dump(include={"source", "tensor_parallel_size", "args", "env", "engine"}, mode="json"))
+        parts = self.model_dump(include={"source", "tensor_parallel_size", "args", "env", "engine"}, mode="json")
+        return _digest({**parts, **self._with_adapters()})
+
+    def _with_adapters(self) -> dict[str, object]:
+        """Nothing where it has none: what was learned before there were any holds."""
+        return {"adapters": dict(self.adapters)} if self.adapters else {}
 
     def flag(self, name: str) -> str | None:
         """The value of vLLM's `--name` in args (`--name v` or `--name=v`), the last one, as argparse has it; "" for a bare flag; None where

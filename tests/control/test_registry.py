@@ -68,11 +68,13 @@ async def test_an_added_model_is_kept_and_started() -> None:
         ({"name": "x"}, "'x' is an alias of 'a'"),
         ({"name": "new", "aliases": ["a"]}, "'a' is a model"),
         ({"name": "new", "aliases": ["fine", "x"]}, "'x' is an alias of 'a'"),
+        ({"name": "new", "aliases": ["sql"]}, "'sql' is an adapter of 'a'"),
+        ({"name": "new", "adapters": {"x": "org/x"}}, "'x' is an alias of 'a'"),
     ],
 )
 async def test_names_and_aliases_are_unique(fields: dict[str, object], what: str) -> None:
     shelf = await Shelf().load()
-    await shelf.add(spec("a", aliases=["x"]))
+    await shelf.add(spec("a", aliases=["x"], adapters={"sql": "org/sql"}))
     with pytest.raises(Conflict, match=what) as error:
         await shelf.add(ModelSpec.model_validate({"source": "/models/small", **fields}))
     assert "orchestratorctl rm a" in error.value.message

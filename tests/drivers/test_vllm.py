@@ -58,6 +58,12 @@ def test_the_command_line() -> None:
     assert argv[-2:] == ["--max-model-len", "8k"]  # the model's own come last: they win over its venv's
 
 
+def test_adapters_are_loaded_with_their_model() -> None:
+    given = flags(command(launch(adapters={"sql": "/adapters/sql", "fr": "org/fr=1"}), VENV, Path("/s")))
+    assert (given["--enable-lora"], given["--lora-modules"]) == ([], ["sql=/adapters/sql", "fr=org/fr=1"])
+    assert "--enable-lora" not in command(launch(), VENV, Path("/s"))
+
+
 def test_the_simulated_engine_takes_the_same_words() -> None:
     argv = command(launch(), EngineVenv(kind="simulated", python=Path("/elsewhere/python")), Path("/run/e/api.sock"))
     assert argv[:3] == [sys.executable, "-m", "orchestrator.engine.simulator"]

@@ -53,6 +53,11 @@ def test_a_good_name_has_no_part_that_leads_out_of_a_folder(name: str) -> None:
     [
         ({"aliases": ["a", "a"]}, "an alias is given twice: remove one"),
         ({"aliases": ["a", "m"]}, "'m' is already the name: remove it"),
+        ({"adapters": {"m": "org/x"}}, "adapters: 'm' is a name of the model itself: an adapter needs one of its own"),
+        ({"adapters": {"b": "org/x"}, "aliases": ["b"]}, "adapters: 'b' is a name of the model itself"),
+        ({"adapters": {"b": " "}}, "'b' has no source: name its folder or its Hub id"),
+        ({"adapters": {"a b": "org/x"}}, "'a b' is not a name"),
+        ({"args": ["--lora-modules", "a=b"]}, "use the field adapters instead"),
         ({"source": ""}, "source: String should have at least 1 character"),
         ({"nmae": "typo"}, "nmae: Extra inputs are not permitted"),
         ({"gpus": []}, "write auto, or at least one index or UUID"),
@@ -193,6 +198,7 @@ CHANGES: dict[str, Any] = {
     "name": "n",
     "source": "org/n",
     "aliases": ["a"],
+    "adapters": {"sql": "org/sql"},
     "gpus": [1],
     "tensor_parallel_size": 2,
     "args": ["--enforce-eager"],
@@ -214,8 +220,10 @@ CHANGES: dict[str, Any] = {
     "max_concurrency": 1,
     "max_queue": 1,
 }
-RESTARTS = {"name", "source", "aliases", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens", "sleep_level"}
-WEIGHS = {"source", "tensor_parallel_size", "args", "env", "engine"}
+RESTARTS = {
+    "name", "source", "aliases", "adapters", "gpus", "tensor_parallel_size", "args", "env", "engine", "prefix_cache_tokens", "sleep_level",
+}  # fmt: skip
+WEIGHS = {"source", "adapters", "tensor_parallel_size", "args", "env", "engine"}
 
 
 def test_which_changes_need_a_restart_and_which_a_new_footprint() -> None:

@@ -24,7 +24,7 @@ _IGNORED_VALUES = (
     "--speculative-config", "--max-log-len", "--allowed-origins", "--response-role", "--api-server-count",
 )  # fmt: skip
 _IGNORED_SWITCHES = (
-    "--enforce-eager", "--trust-remote-code", "--disable-log-stats", "--enable-lora", "--enable-auto-tool-choice",
+    "--enforce-eager", "--trust-remote-code", "--disable-log-stats", "--enable-auto-tool-choice",
     "--enable-chunked-prefill", "--enable-log-requests", "--disable-fastapi-docs", "--async-scheduling",
     "--enable-prompt-tokens-details", "--enable-request-id-headers", "--enable-server-load-tracking",
     "--disable-cascade-attn", "--disable-custom-all-reduce", "--enable-expert-parallel", "--language-model-only",
@@ -72,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model_tag", nargs="?")
     parser.add_argument("--model", default="Qwen/Qwen3-0.6B")
     parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--lora-modules", nargs="+", default=[])
     parser.add_argument("--uds")
     parser.add_argument("--host", default="")
     parser.add_argument("--port", type=int, default=8000)
@@ -102,6 +104,9 @@ def parse_args(argv: list[str]) -> EngineArgs:
     parsed = parser.parse_args(argv)
     model = parsed.model_tag or parsed.model
     names = parsed.served_model_name or [model]
+    if parsed.lora_modules and not parsed.enable_lora:
+        parser.error("--lora-modules needs --enable-lora")
+    names = [*names, *(module.partition("=")[0] for module in parsed.lora_modules)]
     changed = {key: value for key, value in vars(parsed).items() if value != parser.get_default(key)}
     return EngineArgs(
         model=model,
