@@ -24,7 +24,7 @@ from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.units import show_bytes
 
 LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
-RUNTIME_FIELDS = (*LIMIT_FIELDS, "pinned")
+RUNTIME_FIELDS = (*LIMIT_FIELDS, "pinned", "adapters")
 
 
 class Venv(Protocol):
@@ -154,16 +154,39 @@ class Registry:
                 )
             overrides = {k: v for k, v in {**self._known[name].overrides, **changes}.items() if v is not None}
             spec = _overridden(self._bases[name], overrides)
-            footprint = self._known[name].footprint
+            self._refuse_taken(spec, but=name)
+            footprint = self._footprint(spec) if "adapters" in changes else self._known[name].footprint
             if problems := _ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
                 raise SpecError(problems)
             await self._store.set_overrides(name, overrides)
-            self._put(replace(self._known[name], spec=spec, overrides=overrides))
+            self._put(replace(self._known[name], spec=spec, footprint=footprint, overrides=overrides))
 
     async def pin(self, name: str, pinned: bool, gpus: Sequence[GpuReading]) -> None:
         """Also for later runs; nothing is kept where its spec says the same."""
         base = self._bases[self.resolve(name)]
         await self.limit(name, {"pinned": None if base.pinned == pinned else pinned}, gpus)
+
+    async def adapt(self, name: str, changes: Mapping[str, str | None], gpus: Sequence[GpuReading]) -> None:
+        """LoRA adapters by name: a source adds or replaces one, None removes it. Also for later runs. Raises ModelNotFound for one that is
+        not there to be removed, Conflict, SpecError, with nothing changed."""
+        known = self._known[self.resolve(name)]
+        adapters = dict(known.spec.adapters)
+        for adapter, source in changes.items():
+            if source is not None:
+                adapters[adapter] = source
+            elif adapters.pop(adapter, None) is None:
+                raise ModelNotFound(
+                    f"{known.spec.name!r} has no adapter {adapter!r}; it has: {', '.join(adapters) or 'none'}.", param="name"
+                )
+        try:
+            spec = known.spec.model_copy(update={"adapters": adapters})
+            ModelSpec.model_validate(spec.model_dump())
+        except ValidationError as error:
+            raise SpecError([Problem("adapters", str(each["msg"]).removeprefix("Value error, ")) for each in error.errors()]) from None
+        if problem := self._sources.problem(spec):
+            raise SpecError([Problem("adapters", problem)])
+        base = self._bases[known.spec.name]
+        await self.limit(known.spec.name, {"adapters": None if dict(base.adapters) == adapters else adapters}, gpus)
 
     async def learn(self, learned: Learn) -> None:
         """Keep what an engine has shown, for every model that would be started alike."""
@@ -184,6 +207,9 @@ class Registry:
         return [Problem(f"models.{name}.source", problem) for name, problem in found if problem]
 
     def _put(self, model: Known) -> None:
+        before = self._known.get(model.spec.name)
+        if before is not None and before.spec.names != model.spec.names:
+            self._by_name = {name: of for name, of in self._by_name.items() if of != model.spec.name}
         self._known[model.spec.name] = model
         for name in model.spec.names:
             self._by_name[name] = model.spec.name
@@ -193,9 +219,11 @@ class Registry:
         estimated = estimate(spec.model_copy(update={"args": args}), self._sources.shape(spec))
         return estimated.learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
 
-    def _refuse_taken(self, spec: ModelSpec) -> None:
+    def _refuse_taken(self, spec: ModelSpec, but: str | None = None) -> None:
+        """`but`: the model that has this spec."""
         for name in spec.names:
-            if model := self._by_name.get(name):
+            model = self._by_name.get(name)
+            if model is not None and model != but:
                 owner = "in a config file" if self._known[model].owner == "file" else "already"
                 of = "adapter" if name in self._known[model].spec.adapters else "alias"
                 what = "is a model" if model == name else f"is an {of} of {model!r}"

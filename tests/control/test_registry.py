@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from orchestrator.control.registry import Registry
-from orchestrator.errors import Conflict, ModelNotFound, StoreError
+from orchestrator.errors import Conflict, ModelNotFound, SpecError, StoreError
 from orchestrator.policy.actions import Learn
 from orchestrator.policy.footprint import GRAPH_BYTES
 from orchestrator.policy.lifecycle import Rules
@@ -248,3 +248,37 @@ async def test_sources_that_are_away_are_told_and_not_refused_at_start() -> None
     await shelf.load()
     assert [str(problem) for problem in shelf.registry.source_problems()] == ["models.f.source: there is no folder"]
     assert SHAPE.layers * 2 * 2 * MIB == BUNDLE
+
+
+async def test_adapters_come_and_go_at_runtime() -> None:
+    shelf = await Shelf().load()
+    await shelf.add(spec("a", adapters={"sql": "org/sql"}))
+    before = shelf.registry.get("a").spec
+    await shelf.registry.adapt("a", {"fr": "org/fr", "sql": "org/sql-2"}, [])
+    now = shelf.registry.get("a").spec
+    assert now.adapters == {"sql": "org/sql-2", "fr": "org/fr"}
+    assert (shelf.registry.resolve("fr"), now.served_by(before)) == ("a", False)  # so its engine is drained, and replaced
+    await shelf.registry.adapt("sql", {"fr": None}, [])
+    with pytest.raises(ModelNotFound):
+        shelf.registry.resolve("fr")
+    await shelf.registry.adapt("a", {"sql": "org/sql"}, [])
+    assert (shelf.registry.get("a").spec, shelf.store.overrides["a"]) == (before, {})  # as its spec has it: nothing is kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"b": "org/x"}, Conflict, "'b' is a model"),
+        ({"a": "org/x"}, SpecError, "is a name of the model itself"),
+        ({"no way": "org/x"}, SpecError, "is not a name"),
+        ({"fr": None}, ModelNotFound, "has no adapter 'fr'; it has: sql"),
+    ],
+)
+async def test_an_adapter_that_can_not_be_changes_nothing(changes: dict[str, str | None], error: type[Exception], words: str) -> None:
+    shelf = await Shelf().load()
+    await shelf.add(spec("a", adapters={"sql": "org/sql"}))
+    await shelf.add(spec("b"))
+    with pytest.raises(error, match=words):
+        await shelf.registry.adapt("a", {"new": "org/new", **changes}, [])
+    assert shelf.registry.get("a").spec.adapters == {"sql": "org/sql"}
+    assert shelf.store.overrides.get("a", {}) == {}
