@@ -237,6 +237,6 @@ def _refusal(status: int, data: bytes, retry_after: str | None, target: Target) 
         message = f"the daemon refused the spec: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     if retry_after:
         lines.append(f"  try again in {retry_after}s")
-    if status in (401, 403):
+    if status == 401 or (status == 403 and target.socket is None):  # on the socket a key does not help
         lines.append("  give the admin key with ORCH_ADMIN_KEY or --admin-key")
     return CliError(message, exit_code, code=str(code), lines=lines, body=error)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from orchestrator.policy.footprint import Shape
 from orchestrator.policy.instance import Launch
+from orchestrator.policy.key import StoredKey, Used
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.snapshot import EngineSeen, GpuReading, Segment
 from orchestrator.policy.stored import Event, Stored
@@ -87,3 +88,19 @@ class Store(Protocol):
     async def add_events(self, events: Sequence[Event]) -> None: ...
 
     async def events(self, model: str | None, limit: int) -> Sequence[Event]: ...
+
+
+class KeyStore(Protocol):
+    """Keys and their usage. Every call returns when it is durable; raises StoreError, and then nothing was changed."""
+
+    async def keys(self) -> tuple[Sequence[StoredKey], bool]:
+        """And whether there was ever any, also one that this version does not understand."""
+        ...
+
+    async def put_key(self, key: StoredKey) -> None: ...
+
+    async def revoke_key(self, name: str, at: float) -> None: ...
+
+    async def add_usage(self, used: Sequence[tuple[Used, str]], last_used_at: Mapping[str, float]) -> None: ...
+
+    async def usage(self, key: str | None = None, since: str = "") -> Sequence[Used]: ...

@@ -51,11 +51,12 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Asker:
     """Who asks, and how. Clients of one `priority` (the highest is served first) are served in turn. `patience_s`: how long it
-    waits by its own word; None: as long as we let it."""
+    waits by its own word; None: as long as we let it. `weight`: how many turns its client has where others have one."""
 
     client: str = ""
     priority: int = 0
     patience_s: float | None = None
+    weight: float = 1.0
 
 
 Tell = Callable[[Door], Awaitable[None]]
@@ -248,7 +249,8 @@ class Traffic:
             out.turn.set_exception(full)
 
     def _queue(self, model: _Model, ask: Ask, asker: Asker, now: float) -> _Waiter:
-        waiter = _Waiter(asker.client, asker.priority, now, asyncio.get_running_loop().create_future(), ask)
+        turn = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(asker.client, asker.priority, now, turn, ask, weight=asker.weight)
         model.queue.add(waiter)
         model.bounds.add(ask.most)
         model.waiting_tokens += ask.likely

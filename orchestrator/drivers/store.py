@@ -1,4 +1,4 @@
-"""One SQLite file: models added by API, what operators held, footprints, engine records, events. All on one thread of its own.
+"""One SQLite file: models added by API, what operators held, footprints, engine records, events, keys and their usage. One thread.
 
 WAL with synchronous=FULL: a call that returned is on the disk (0.14 ms where it was measured). Desired state (models, held) and
 observed state (engines, footprints, events) are separate tables.
@@ -17,6 +17,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from orchestrator.errors import StoreError
+from orchestrator.policy.key import KeySpec, StoredKey, Used
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
 
@@ -33,6 +34,17 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NU
 CREATE INDEX events_by_model ON events (model, id);
 """,
     "CREATE TABLE overrides (name TEXT PRIMARY KEY, fields TEXT NOT NULL) STRICT;",
+    """
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY, spec TEXT NOT NULL, digest BLOB NOT NULL, shown TEXT NOT NULL,
+    created_at REAL NOT NULL, last_used_at REAL, revoked_at REAL
+) STRICT;
+CREATE TABLE usage (
+    key TEXT NOT NULL, model TEXT NOT NULL, day TEXT NOT NULL,
+    requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    PRIMARY KEY (key, model, day)
+) STRICT, WITHOUT ROWID;
+""",
 )
 T = TypeVar("T")
 
@@ -122,6 +134,53 @@ class SqliteStore:
         where, values = ("WHERE model = ?", (model, limit)) if model is not None else ("", (limit,))
         sql = f"SELECT at, model, kind, reason FROM events {where} ORDER BY id DESC LIMIT ?"
         return await self._run(lambda db: [Event(*row) for row in reversed(db.execute(sql, values).fetchall())])
+
+    async def keys(self) -> tuple[list[StoredKey], bool]:
+        """All that this version understands, also revoked ones; and whether there was ever any."""
+
+        def read(db: sqlite3.Connection) -> tuple[list[StoredKey], bool]:
+            rows = db.execute("SELECT spec, digest, shown, created_at, last_used_at, revoked_at, name FROM keys ORDER BY created_at, name")
+            found = [(self._key(row[6], row[0]), row[1:6]) for row in rows]
+            return [StoredKey(spec, *rest) for spec, rest in found if spec], bool(found)
+
+        return await self._run(read)
+
+    def _key(self, name: str, text: str) -> KeySpec | None:
+        try:
+            return KeySpec.model_validate_json(text)
+        except ValidationError as error:
+            log.warning("key %s: NOT VALID: %s holds it in a way that this version does not understand: %s", name, self._path, error)
+            return None
+
+    async def put_key(self, key: StoredKey) -> None:
+        """A new one, also in the place of a revoked one."""
+        values = (key.spec.name, key.spec.model_dump_json(), key.digest, key.shown, key.created_at, key.last_used_at, key.revoked_at)
+        await self._write("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    async def revoke_key(self, name: str, at: float) -> None:
+        await self._write("UPDATE keys SET revoked_at = ? WHERE name = ?", (at, name))
+
+    async def add_usage(self, used: Sequence[tuple[Used, str]], last_used_at: Mapping[str, float]) -> None:
+        """`used`, each with its day (2027-01-31): added to what there is. All of it, or none."""
+
+        def write(db: sqlite3.Connection) -> None:
+            with db:
+                db.executemany(
+                    "INSERT INTO usage (key, model, requests, prompt_tokens, completion_tokens, day) VALUES (?, ?, ?, ?, ?, ?)"
+                    " ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,"
+                    " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                    " completion_tokens = completion_tokens + excluded.completion_tokens",
+                    [(*row, day) for row, day in used],
+                )
+                db.executemany("UPDATE keys SET last_used_at = ? WHERE name = ?", [(at, name) for name, at in last_used_at.items()])
+
+        await self._run(write)
+
+    async def usage(self, key: str | None = None, since: str = "") -> list[Used]:
+        """Of one key or of all, from the day `since` on."""
+        sums = "sum(requests), sum(prompt_tokens), sum(completion_tokens)"
+        sql = f"SELECT key, model, {sums} FROM usage WHERE day >= ? AND (? IS NULL OR key = ?) GROUP BY key, model"
+        return await self._run(lambda db: [Used(*row) for row in db.execute(sql, (since, key, key))])
 
     def _open(self, _: object) -> None:
         db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)

@@ -6,13 +6,17 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from orchestrator.control.keys import Keys
+from orchestrator.control.ledger import SHOWN, Ledger
 from orchestrator.drivers import store as driver
 from orchestrator.drivers.store import SqliteStore
 from orchestrator.errors import StoreError
+from orchestrator.policy.key import KeySpec, StoredKey, Used
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
 
@@ -193,6 +197,9 @@ async def test_a_file_that_may_not_be_written_changes_nothing(path: Path) -> Non
             store.put_footprint("k", {}),
             store.put_engine("l", {}),
             store.add_events([Event(0.0, "a", "ready", "")]),
+            store.put_key(key("k")),
+            store.revoke_key("k", 1.0),
+            store.add_usage([(Used("k", "m", 1, 2, 3), "2027-01-01")], {}),
         ):
             with pytest.raises(StoreError, match="readonly database; nothing was changed") as error:
                 await write
@@ -277,6 +284,57 @@ async def test_many_writers_on_one_loop(path: Path) -> None:
     async with opened(path) as store:
         await asyncio.gather(*(store.put_model(spec(f"m{n}"), float(n)) for n in range(50)))
         assert [model.name for model in (await store.load()).models] == [f"m{n}" for n in range(50)]
+
+
+# ---- keys ---------------------------------------------------------------------------------------------------------------------
+
+
+def key(name: str, **fields: object) -> StoredKey:
+    return StoredKey(KeySpec.model_validate({"name": name, **fields}), name.encode() * 32, f"sk-{name}", 5.0)
+
+
+async def test_keys_and_their_usage_survive_a_reopen(path: Path) -> None:
+    full = key("b", models=["m", "org/n"], priority=-3, weight=2.5, rpm=1, tpm=2, concurrency=3, monthly_tokens=10**12, expires=9e9)
+    async with opened(path) as store:
+        assert await store.keys() == ([], False)
+        await store.put_key(full)
+        await store.put_key(key("a"))
+        await store.revoke_key("a", 7.0)
+        await store.add_usage([(Used("b", "m", 1, 20, 300), "2027-01-31"), (Used("b", "n", 1, 1, 1), "2027-02-01")], {"b": 8.0})
+        await store.add_usage([(Used("b", "m", 2, 30, 400), "2027-01-31"), (Used("gone", "m", 1, 0, 0), "2027-02-01")], {"gone": 9.0})
+    async with opened(path) as store:
+        assert await store.keys() == ([replace(key("a"), revoked_at=7.0), replace(full, last_used_at=8.0)], True)
+        assert await store.usage() == [Used("b", "m", 3, 50, 700), Used("b", "n", 1, 1, 1), Used("gone", "m", 1, 0, 0)]
+        assert await store.usage("b", "2027-02-01") == [Used("b", "n", 1, 1, 1)]
+        assert await store.usage("a") == []
+        await store.put_key(key("a", rpm=5))  # in the place of the one that was revoked
+        assert (await store.keys())[0][0] == key("a", rpm=5)
+
+
+async def test_a_key_that_this_version_does_not_understand_lets_nobody_in_and_opens_no_door(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(path) as store:
+        await store.put_key(key("a"))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE keys SET spec = json_set(spec, '$.future', 1)")
+        db.commit()
+    async with opened(path) as store:
+        assert await store.keys() == ([], True)
+    assert "key a: NOT VALID" in caplog.text
+
+
+async def test_no_byte_of_a_key_is_in_the_file(path: Path) -> None:
+    keys = Keys()
+    async with opened(path) as store:
+        ledger = Ledger(keys, store)
+        await ledger.load()
+        _, secret = await ledger.create(KeySpec(name="a"))
+        await store._run(lambda db: db.execute("PRAGMA wal_checkpoint(FULL)").close())
+        kept = b"".join([await asyncio.to_thread(file.read_bytes) for file in path.parent.iterdir()])
+    assert secret.encode()[:SHOWN] in kept
+    assert secret.encode()[: SHOWN + 1] not in kept
+    assert secret.encode()[SHOWN:] not in kept
 
 
 def _python(script: str, path: Path) -> "subprocess.Popen[str]":
