@@ -159,17 +159,19 @@ def controller(python: Path, script: Path) -> Start:
 @contextmanager
 def ours(engines: Engines, folder: Path) -> Iterator[Arm]:
     """A daemon with one simulated engine, whose place at its socket is taken by a mock once it is ready: the loop, its probes of the
-    engine and all else go on."""
+    engine and all else go on. Requests have a key, whose requests and tokens a minute are bounded and whose usage is counted."""
     source = of_shape(folder / "qwen-0.5b", QWEN | SHAPES["qwen-0.5b"])
     with Box({"ORCH_GPUS__SOURCE": "simulated", "SIM_LOAD_S": "0"}, sampled=False) as box:
         box.ctl("add-model", MODEL, str(source), "--max-concurrency", "4096")
         box.until_ready([MODEL], UP_S)
+        key = box.ctl("keys", "create", "bench", "--model", MODEL, "--rpm", "100000000", "--tpm", "1000000000", "--concurrency", "10000")
         (own,) = (box.folder / "run/engines").glob("*/api.sock")
         own.rename(own.with_suffix(".own"))
         with mock("--uds", str(own)):
             subprocess.run(["taskset", "-apc", PROXY_CORE, str(box.process.pid)], check=True, capture_output=True)
             try:
-                yield Arm(int(str(box.status()["listen"]).rpartition(":")[2]), box.process.pid)
+                port = int(str(box.status()["listen"]).rpartition(":")[2])
+                yield Arm(port, box.process.pid, [f"Authorization: Bearer {key.stdout.strip()}"])
             finally:
                 own.with_suffix(".own").replace(own)
 

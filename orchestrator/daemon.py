@@ -6,7 +6,6 @@ engine outlives the daemon only if the daemon is killed; the next one adopts it.
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import gc
 import json
@@ -24,18 +23,23 @@ import uvloop
 
 from orchestrator import __version__, config_errors, logs, settings
 from orchestrator.api.admin import About, Admin
-from orchestrator.api.app import UsersApp, operators_app
+from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.keys import KeysApi
 from orchestrator.api.openai import forwarded, models_router
+from orchestrator.api.peers import Group, Peers
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
+from orchestrator.api.through import Through
 from orchestrator.api.upstream import Upstreams
 from orchestrator.control.keys import Keys
+from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
 from orchestrator.control.ports import Gpus
 from orchestrator.control.reconciler import Reconciler, View
 from orchestrator.control.registry import Registry
 from orchestrator.control.traffic import Traffic
-from orchestrator.drivers import processes, systemd, vllm
+from orchestrator.drivers import processes, sockets, systemd, vllm
 from orchestrator.drivers.launcher import Launcher
 from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.simgpu import SimGpus
@@ -48,6 +52,7 @@ from orchestrator.settings import Settings
 log = logging.getLogger("orchestrator")
 
 DEFAULT_CONFIG = Path("/etc/orchestrator/orchestrator.yaml")
+DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
 GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
 
 
@@ -63,17 +68,61 @@ async def serve(config: Settings, files: Sequence[Path]) -> None:
             _make(folder, mode)
         held.enter_context(_lock(config.state_dir))
         held.enter_context(_lock(config.runtime_dir))
-        public = held.enter_context(_listen(config.listen.host, config.listen.port))
-        admin = held.enter_context(_listen_unix(config.admin_socket))
+        admin = held.enter_context(sockets.listen_unix(config.admin_socket))
+        group = sockets.group(config.admin.group, DEFAULT_GROUP)
         store = SqliteStore(config.state_dir / "state.db")
         await store.open()
         try:
-            await _run(config, files, store, public, admin)
+            keys = Keys(config.keys.required)
+            ledger = Ledger(keys, store)
+            await ledger.load()
+            front = Front(config.listen.host, config.listen.port, keys)
+            await _run(config, files, store, ledger, keys, front, admin, Peers(Group(*group) if group else None))
         finally:
             await store.close()
 
 
-async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, public: socket.socket, admin_socket: socket.socket) -> None:
+class Front:
+    """Where users reach us: where the settings say, but on loopback alone as long as anybody there would be served without a key."""
+
+    def __init__(self, host: str, port: int, keys: Keys) -> None:
+        self._wanted = host
+        self.is_narrow = not sockets.is_loopback(host) and not keys.needed and keys.required != "never"
+        self.server: Server | None = None
+        self._listen(sockets.loopback_of(host) if self.is_narrow else host, port)
+
+    async def widen(self) -> None:
+        """A key was made. Connections that are open stay."""
+        if not self.is_narrow or self.server is None:
+            return
+        self.server.stop_listening()  # the kernel gives no port of all addresses while somebody listens on it at one
+        for host in (self._wanted, sockets.loopback_of(self._wanted)):
+            try:
+                self._listen(host, self.port)
+            except StartupError as error:  # the key is made all the same
+                log.error("not listening on %s: %s; the next key, or a restart, tries again", host, error)
+                continue
+            self.is_narrow = host != self._wanted
+            log.info("there is an API key now: listening on %s", self.url)
+            await self.server.startup([self.socket])
+            return
+
+    def _listen(self, host: str, port: int) -> None:
+        """Raises StartupError."""
+        self.socket = sockets.listen(host, port)
+        self.port, self.url = self.socket.getsockname()[1], sockets.url_of(self.socket)
+
+
+async def _run(
+    config: Settings,
+    files: Sequence[Path],
+    store: SqliteStore,
+    ledger: Ledger,
+    keys: Keys,
+    front: Front,
+    admin_socket: socket.socket,
+    peers: Peers,
+) -> None:
     started_at = time.monotonic()
     with contextlib.suppress(OSError):  # where that is forbidden they are init's, and how they end stays unknown
         processes.adopt_orphans()
@@ -89,15 +138,13 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
-    keys = Keys()
     upstreams = Upstreams(launcher.socket)
     proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body)
+    realtime = Realtime(traffic, registry.resolve, launcher.socket, keys)
     loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
 
-    host, port = public.getsockname()[:2]
-    listen = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     about = About(
-        listen=lambda: listen,
+        listen=lambda: front.url,
         admin_socket=str(config.admin_socket),
         gpu_source=gpu_source,
         config=tuple(map(str, files)),
@@ -108,10 +155,13 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     )
     who = processes.who
     admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers).router()
+    admin.include_router(KeysApi(ledger, registry.resolve, front.widen).router())
+    admin = operators(admin, Through(proxy, registry.resolve, loop).router())
     boot = time.time()
     key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
-    users = UsersApp([models_router(registry, loop, lambda: boot)], forwarded(proxy), admin, key)
-    servers = [(Server(app, config.log.access), sock) for app, sock in ((users, public), (operators_app(admin), admin_socket))]
+    users = UsersApp([models_router(registry, loop, lambda: boot, keys)], forwarded(proxy, realtime), admin, key)
+    front.server = Server(users, config.log.access)
+    servers = [(front.server, front.socket), (Server(operators_app(admin, peers), config.log.access), admin_socket)]
 
     for name in registry.overruled:
         log.warning("%s: a config file defines this name now; the one added by API is not used", name)
@@ -129,13 +179,22 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
     reconciling = asyncio.create_task(loop.run(), name="loop")
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
     tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
+    writing = asyncio.create_task(ledger.run(), name="usage")
     gc.collect()
     gc.freeze()  # what is there now stays: no collection needs to look at it again
     gc.set_threshold(GC_EVERY, 20, 20)
-    log.info("serving %s, admin at %s, %s GPUs (%s), version %s", listen, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
+    log.info("serving %s, admin at %s, %s GPUs (%s), version %s", front.url, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
+    if front.is_narrow:
+        log.warning(
+            "nobody has an API key yet, so this is loopback and not listen.host (%s): `orchestratorctl keys create NAME` makes a key, and"
+            " from then on whoever has one is served there, too",
+            config.listen.host,
+        )
+    elif not keys.needed and not sockets.is_loopback(config.listen.host):
+        log.warning("keys.required is never: whoever reaches %s may use every model", front.url)
     if gpu_source == "simulated":
         log.warning("the GPUs are SIMULATED: engines are simulated too, and answers are made up")
-    systemd.notify(f"READY=1\nSTATUS=serving {listen}")
+    systemd.notify(f"READY=1\nSTATUS=serving {front.url}")
 
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, reconciling, *serving], return_when=asyncio.FIRST_COMPLETED)
@@ -147,6 +206,8 @@ async def _run(config: Settings, files: Sequence[Path], store: SqliteStore, publ
         server.stop()
     await asyncio.gather(*serving)
     tidying.cancel()
+    writing.cancel()
+    await ledger.close()
     upstreams.tidy(())
     await loop.settle()
     await launcher.close()
@@ -229,39 +290,6 @@ def _lock(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-@contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    with sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except OSError as error:
-            what = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs privileges (ports below 1024)"}
-            why = what.get(error.errno or 0, str(error.strerror))
-            raise StartupError(f"listen: {host}:{port} {why}: stop that, or set listen.port (ORCH_LISTEN__PORT)") from None
-        sock.listen(2048)
-        yield sock
-
-
-@contextlib.contextmanager
-def _listen_unix(path: Path) -> Iterator[socket.socket]:
-    """The runtime folder's lock is held, so a socket file that lies there belongs to a dead daemon. Anything else is not ours to remove."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            if path.is_socket():
-                path.unlink()
-            sock.bind(str(path))
-            path.chmod(0o660)
-        except OSError as error:
-            raise StartupError(f"admin.socket: {path}: {error.strerror or error}") from None
-        sock.listen(128)
-        try:
-            yield sock
-        finally:
-            path.unlink(missing_ok=True)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------

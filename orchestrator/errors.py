@@ -5,12 +5,16 @@
     ├── StartupError            the daemon cannot run here: lock held, port in use, no permission (exit 1)
     ├── BadRequest              400
     ├── Unauthorized            401
+    ├── Forbidden               403  the key may not use this model; this user may not use the admin socket
     ├── ModelNotFound           404  model_not_found
+    ├── KeyNotFound             404  key_not_found
     ├── RouteNotFound           404  route_not_found
     ├── Conflict                409
     ├── BodyTooLarge            413
     ├── SpecError               422  a model's spec is wrong; carries all problems at once
     ├── QueueFull               429
+    ├── RateLimited             429  a key's own limits; with when to come back
+    │   └── QuotaSpent          429  its tokens of this month are spent
     ├── EngineDied              502
     ├── StoreError              503  the state file can not be written now; nothing was changed
     ├── ModelUnavailable        503  with Retry-After where waiting helps
@@ -83,10 +87,22 @@ class Unauthorized(OrchestratorError):
     code = "invalid_api_key"
 
 
+class Forbidden(OrchestratorError):
+    status = 403
+    type = "invalid_request_error"  # as OpenAI's own; clients go by the status
+    code = "not_permitted"
+
+
 class ModelNotFound(OrchestratorError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class KeyNotFound(OrchestratorError):
+    status = 404
+    type = "invalid_request_error"
+    code = "key_not_found"
 
 
 class RouteNotFound(OrchestratorError):
@@ -124,6 +140,19 @@ class QueueFull(OrchestratorError):
     status = 429
     type = "requests"
     code = "queue_full"
+
+
+class RateLimited(OrchestratorError):
+    """A key is over one of its limits. Nothing was counted, and `retry_after_s` is when it would be let in."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class QuotaSpent(RateLimited):
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class EngineDied(OrchestratorError):

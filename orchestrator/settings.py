@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class Listen(Section):
-    host: str = Field("127.0.0.1", description="Address of the OpenAI endpoint. Loopback: there are no API keys yet.")
+    host: str = Field("127.0.0.1", description="Address of the OpenAI endpoint. Any but loopback is listened on once there is an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Its port; 0 takes a free one and logs it.")
 
 
@@ -32,6 +32,17 @@ class Admin(Section):
     socket: Path | None = Field(None, description="Unix socket of the admin API. Default: <dirs.runtime>/admin.sock.")
     tcp: bool = Field(False, description="Serve the admin API on listen.host:port too; needs admin.key.")
     key: SecretStr | None = Field(None, description="Bearer key that admin requests over TCP must carry.")
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="Whose members may use the socket, besides root and the daemon's user. Default: orchestrator, if there.",
+    )
+
+
+class Keys(Section):
+    required: Literal["auto", "always", "never"] = Field(
+        "auto", description="Who is served without an API key: auto: all, until a first key was made; always: nobody; never: all."
+    )
 
 
 class Dirs(Section):
@@ -69,7 +80,7 @@ class Loop(Section):
 
 
 class Requests(Section):
-    max_body: Size = Field(64 * MIB, ge=1024, description="A larger request body is refused with 413.")
+    max_body: Size = Field(128 * MIB, ge=1024, description="A larger request body is refused with 413.")
     max_wait: Duration = Field(600.0, description="How long a request may wait for its model (503 and Retry-After after that).")
     max_queue: int = Field(4096, ge=1, description="How many may wait, for all models together (429 above that).")
     drain_timeout: Duration = Field(60.0, description="How long a model that is being stopped may finish its requests.")
@@ -112,6 +123,7 @@ class Settings(BaseSettings):
 
     listen: Listen = Listen()
     admin: Admin = Admin()
+    keys: Keys = Keys()
     dirs: Dirs = Dirs()
     gpus: Gpus = Gpus()
     memory: Memory = Memory()
@@ -144,12 +156,9 @@ class Settings(BaseSettings):
         problems = []
         if self.admin.tcp and self.admin.key is None:
             problems.append("admin.tcp: is on without a key: set admin.key (or ORCH_ADMIN__KEY), or turn it off")
-        if self.listen.host not in ("127.0.0.1", "::1", "localhost"):
-            mend = "use 127.0.0.1, behind a proxy that authenticates"
-            problems.append(f"listen.host: {self.listen.host!r} is not loopback, and there are no API keys: {mend}")
         taken: dict[str, str] = {}
         for spec in self.models.values():
-            for name in (spec.name, *spec.aliases):
+            for name in spec.names:
                 if name in taken:
                     problems.append(
                         f"models.{spec.name}: the name {name!r} is already that of {taken[name]!r}: names and aliases must be unique"

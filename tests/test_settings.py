@@ -245,7 +245,7 @@ def test_variables_of_the_commands_are_no_settings(monkeypatch: pytest.MonkeyPat
         ("log: {level: 2020-13-45}", "a.yaml:1:7: log.level: '2020-13-45': input should be 'debug', 'info', "),
         ("gpus: {source: simulate}", "a.yaml:1:8: gpus.source: 'simulate': input should be 'nvml', 'simulated' or 'auto'"),
         ("engines: {}", "a.yaml:1:1: engines: Dictionary should have at least 1 item"),
-        ("listen: {host: 0.0.0.0}", "a.yaml:1:10: listen.host: '0.0.0.0' is not loopback, and there are no API keys: use 127.0.0.1"),
+        ("keys: {required: maybe}", "a.yaml:1:8: keys.required: 'maybe': input should be 'auto', 'always' or 'never'"),
         ("admin: {tcp: true}", "a.yaml:1:9: admin.tcp: is on without a key: set admin.key (or ORCH_ADMIN__KEY), or turn it off"),
         ("models: {q2.5: {source: o/m, engine: x}}", "a.yaml:1:30: models.q2.5.engine: there is no engine 'x'; known: default"),
         ("engines: {gpu: {}}\nmodels: {q2.5: {source: o/m}}", "a.yaml:2:10: models.q2.5.engine: there is no engine 'default'; known: gpu"),
@@ -285,12 +285,12 @@ def test_everything_is_said_at_once(write: Write, monkeypatch: pytest.MonkeyPatc
     second = write(f"{models}log: {{}}\nlog: {{}}\n", "2.yaml")
     found = problems(first, second, tmp_path / "3.yaml")
     assert {re.sub(r"^(\d\.yaml(:\d+)?)(:\d+)?: ([^:]*).*", r"\1 \4", line) for line in found} == {
-        "1.yaml:1 listen.port", "1.yaml:1 listen.host", "1.yaml:2 admin.tcp", "1.yaml:4 models.q2.5.engine",
+        "1.yaml:1 listen.port", "1.yaml:2 admin.tcp", "1.yaml:4 models.q2.5.engine",
         "2.yaml:2 models.a b.name", "2.yaml:3 models.c.sorce", "2.yaml:3 models.c.source", "2.yaml:3 models.c.kv_floor",
         "2.yaml:4 models.d", "2.yaml:6 log", "3.yaml there is no such config file; did you mean 2.yaml?",
         "ORCH_LISTEN_PORT: there is no such setting; did you mean ORCH_LISTEN__PORT?",
     }  # fmt: skip
-    assert len(found) == len(set(found)) == 12
+    assert len(found) == len(set(found)) == 11
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class Admin:
         for verb in VERBS:
             router.add_api_route(f"/models/{{name:path}}/{verb}", getattr(self, verb), methods=["POST"], status_code=202)
         router.add_api_route("/models/{name:path}/limit", self.limit, methods=["POST"])
+        router.add_api_route("/models/{name:path}/adapters", self.adapters, methods=["POST"])
         router.add_api_route("/models/{name:path}/plan", self.plan, methods=["GET"])
         router.add_api_route("/models/{name:path}/watch", self.watch, methods=["GET"])
         router.add_api_route("/models/{name:path}/logs", self.logs, methods=["GET"])
@@ -184,6 +185,15 @@ class Admin:
             raise SpecError(projections.spec_problems(error.errors())) from None
         self._loop.note(name, "limit", ", ".join(f"{field}: {'as in its spec' if v is None else v}" for field, v in changes.items()))
         await self._next_look()
+        return self._model(name)
+
+    async def adapters(self, name: str, request: Request) -> Json:
+        name = self._registry.resolve(name)
+        changes = await _json_object(request, "Adapters are a JSON object: name -> Hub id or folder, or null to remove it.")
+        if wrong := [adapter for adapter, source in changes.items() if not isinstance(source, str | None)]:
+            raise BadRequest(f"The source of the adapter {wrong[0]!r} is {changes[wrong[0]]!r}: write a Hub id, a folder, or null.")
+        await self._registry.adapt(name, changes, projections.gpus(self._loop.view))
+        self._loop.note(name, "adapters", ", ".join(f"{adapter}: {source or 'removed'}" for adapter, source in changes.items()))
         return self._model(name)
 
     async def start(self, name: str) -> Json:

@@ -1,16 +1,19 @@
 """What a request says of itself: in its body for which model and how much, in its headers who asks, how urgently, how patiently.
 
-Read once, before it may wait. Only what this daemon acts on is looked at: the rest is its engine's to judge.
+Read once, before it may wait. Only what this daemon acts on is looked at: the rest is its engine's to judge. Of a key that comes twice
+the last one counts, as in Python's json: the engine finds the same model.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 from starlette.types import Scope
 
+from orchestrator.api import form
+from orchestrator.api.routes import RESPONSES, Model, Route
 from orchestrator.control.keys import Caller
 from orchestrator.control.traffic import TELL_S, Ask, Asker
 from orchestrator.errors import BadRequest
@@ -19,7 +22,6 @@ UNBOUNDED_TOKENS = 1 << 30
 COUNT_DIGITS = 9  # of a count of tokens that is one; a larger number is no bound
 ABSENT = msgspec.Raw(b"")
 LIKELY_TOKENS = 256  # of an answer, for guessing what a queue needs
-STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})  # those that `stream` is a field of
 OWN_HEADERS = frozenset({b"x-priority", b"x-progress", b"x-request-timeout"})  # said to this daemon
 # What SDKs say of their own timeouts, in seconds. The first is the time between two reads (Python: openai, anthropic), the second that
 # to the head of the answer (JavaScript: both; Python's anthropic sends it beside the first). Both bound silence, not the whole.
@@ -37,29 +39,53 @@ class _Peek(msgspec.Struct):
     max_tokens: msgspec.Raw = ABSENT
     max_completion_tokens: msgspec.Raw = ABSENT
     max_output_tokens: msgspec.Raw = ABSENT
+    previous_response_id: msgspec.Raw = ABSENT
+    background: msgspec.Raw = ABSENT
 
 
 _decode = msgspec.json.Decoder(_Peek).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """`progress`: it wants to be told what it waits for. `silent_stream`: it streams, and has not asked to be told its usage."""
+class Asking(NamedTuple):
+    """`previous`: the response that it goes on with, where that names the model. `progress`: it wants to be told what it waits for.
+    `streams`, and `wants_usage` of a stream. `background`: its work goes on when it has been answered."""
 
+    route: Route
     model: str
     ask: Ask
     asker: Asker
-    progress: bool
-    silent_stream: bool
+    previous: str = ""
+    progress: bool = False
+    streams: bool = False
+    wants_usage: bool = False
+    background: bool = False
 
 
-def read(path: str, headers: Mapping[bytes, bytes], body: bytes, caller: Caller) -> Asking:
-    """Raises BadRequest unless the body is a JSON object with a model in it, and the headers that are for us can be understood."""
+def read(route: Route, headers: Mapping[bytes, bytes], body: bytes, caller: Caller) -> Asking:
+    """Raises BadRequest unless its body has a model in it, and the headers that are for us can be understood."""
+    if route.model is Model.FORM:
+        # How many tokens a sound has is not told by its bytes.
+        ask = Ask(UNBOUNDED_TOKENS, first=0, likely=LIKELY_TOKENS)
+        model = form.model_of(headers.get(b"content-type", b""), body)
+        return Asking(route, model, ask, asker_of(headers, caller))
     peek = _peek(body)
-    streams = path in STREAMED and bytes(peek.stream) == b"true"
+    streams = route.streams and bytes(peek.stream) == b"true"
     progress = _wants_progress(headers) and streams
-    asker = Asker(caller.client, _priority(headers), _patience_s(headers, progress))
-    return Asking(str(peek.model), _ask(peek, len(body)), asker, progress, streams and not _wants_usage(peek))
+    asker = asker_of(headers, caller, progress)
+    ask = _ask(peek, len(body))
+    if route is RESPONSES:
+        previous = "" if peek.model else _text(peek.previous_response_id)
+        if not previous:
+            _check_model(peek)
+        background = bytes(peek.background) == b"true"
+        return Asking(route, str(peek.model or ""), ask, asker, previous, progress, streams, background=background)
+    _check_model(peek)
+    return Asking(route, str(peek.model), ask, asker, "", progress, streams, streams and _wants_usage(peek))
+
+
+def asker_of(headers: Mapping[bytes, bytes], caller: Caller, progress: bool = False) -> Asker:
+    """Raises BadRequest."""
+    return Asker(caller.client, caller.urgency(_priority(headers)), _patience_s(headers, progress), caller.weight)
 
 
 def address_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
@@ -70,10 +96,10 @@ def address_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
     return address
 
 
-def _priority(headers: Mapping[bytes, bytes]) -> int:
+def _priority(headers: Mapping[bytes, bytes]) -> int | None:
     given = headers.get(b"x-priority")
     if given is None:
-        return 0
+        return None
     if not PRIORITY.fullmatch(given):
         raise _bad("X-Priority", given, "an integer from -8 to 8")
     return int(given)
@@ -121,9 +147,20 @@ def _peek(body: bytes) -> _Peek:
         raise BadRequest(f"The request body is not JSON: {error}") from None
     except RecursionError:
         raise BadRequest("The request body is nested too deeply.") from None
+    return peek
+
+
+def _check_model(peek: _Peek) -> None:
     if not peek.model or not isinstance(peek.model, str):
         raise BadRequest("The field `model` is missing: name one of GET /v1/models.", param="model", code="missing_required_parameter")
-    return peek
+
+
+def _text(raw: msgspec.Raw) -> str:
+    """ "" for what is none."""
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
 
 
 def _wants_usage(peek: _Peek) -> bool:

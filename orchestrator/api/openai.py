@@ -1,46 +1,57 @@
-"""The users' routes: /v1/models from the registry, everything else forwarded. Only paths listed here reach an engine."""
+"""The users' routes: /v1/models from the registry, and the table of those that are forwarded."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.types import ASGIApp
 
+from orchestrator.api import asking
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.realtime import Realtime
+from orchestrator.api.routes import TABLE, Model, Route
+from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
 
-# An allow-list: engines run with development endpoints (sleep, collective_rpc, …) that nobody may reach through us.
-FORWARDED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/detokenize")
+
+def forwarded(proxy: Proxy, realtime: Realtime) -> dict[Route, ASGIApp]:
+    """What answers at each route of the table."""
+    others: dict[Model, ASGIApp] = {Model.ID: proxy.by_id, Model.TALK: realtime}
+    return {route: others.get(route.model) or partial(proxy, route) for route in TABLE}
 
 
-def forwarded(proxy: Proxy) -> dict[str, ASGIApp]:
-    """By path: what answers a POST there."""
-    return dict.fromkeys(FORWARDED, proxy)
-
-
-def models_router(registry: Registry, reconciler: Reconciler, started_at: Callable[[], float]) -> APIRouter:
+def models_router(registry: Registry, reconciler: Reconciler, started_at: Callable[[], float], keys: Keys) -> APIRouter:
     router = APIRouter()
+
+    def caller_of(request: Request) -> Caller:
+        headers = dict(request.scope["headers"])
+        return keys.caller(headers, asking.address_of(request.scope, headers))
 
     def one(name: str) -> dict[str, Any]:
         known = registry.get(name)
         view = reconciler.view
         instance = view.plan.instances.get(known.spec.name) if view else None
         return {
-            "id": known.spec.name,
+            "id": name if name in known.spec.adapters else known.spec.name,
             "object": "model",
             "created": int(started_at()),
             "owned_by": "orchestrator",
             "aliases": list(known.spec.aliases),
+            **({"parent": known.spec.name} if name in known.spec.adapters else {}),
             "state": instance.state.value if instance else "stopped",
         }
 
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [one(name) for name in sorted(registry.known())]}
+    async def models(request: Request) -> dict[str, Any]:
+        caller = caller_of(request)
+        seen = [known.spec for name, known in registry.known().items() if caller.allows(name)]
+        return {"object": "list", "data": [one(name) for name in sorted(name for spec in seen for name in (spec.name, *spec.adapters))]}
 
     @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        caller_of(request).resolve(registry.resolve, name)
         return one(name)
 
     @router.get("/health")

@@ -17,8 +17,11 @@ HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 
 
 class Progress:
-    def __init__(self, send: Send, model: str) -> None:
+    """Of one request. `anthropic`: whose words it is told errors in."""
+
+    def __init__(self, send: Send, model: str, anthropic: bool = False, request_id: bytes = b"") -> None:
         self._send, self._model = send, model
+        self.anthropic, self.request_id = anthropic, request_id
         self.begun = False
 
     async def tell(self, door: Door) -> None:
@@ -27,15 +30,18 @@ class Progress:
             await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         await self._body(f": {_words(self._model, door)}\n\n".encode(), more=True)
 
+    def event(self, error: OrchestratorError) -> bytes:
+        return error_body.event(error_body.body(error, self.anthropic, self.request_id), self.anthropic)
+
     async def end(self, error: OrchestratorError) -> None:
-        await self.end_with(error_body.body(error))
+        await self._body(self.event(error), more=False)
 
     async def end_with(self, answer: bytes, status: int = 200) -> None:
         """What was to be the engine's whole answer becomes the only event. One that failed is an error object, whatever it was."""
         if status >= 400 and not _is_error(answer):
-            answer = error_body.body(EngineDied(f"The engine of {self._model!r} answered with status {status}."))
-        lines = b"".join(b"data: " + line + b"\n" for line in answer.splitlines())
-        await self._body(lines + b"\n", more=False)
+            await self.end(EngineDied(f"The engine of {self._model!r} answered with status {status}."))
+            return
+        await self._body(error_body.event(answer, self.anthropic and status >= 400), more=False)
 
     async def _body(self, data: bytes, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

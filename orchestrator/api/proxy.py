@@ -11,13 +11,15 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.api import asking, error_body, usage
+from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
+from orchestrator.api.connection import CLIENT, IDS, Client, Ids
 from orchestrator.api.progress import Progress
-from orchestrator.api.server import CLIENT, Client
-from orchestrator.api.upstream import Answer, Upstreams
-from orchestrator.api.usage import Meter
-from orchestrator.control.keys import Keys
+from orchestrator.api.responses import Made, Naming, Responses
+from orchestrator.api.routes import RESPONSES, Route
+from orchestrator.api.upstream import Upstreams
+from orchestrator.api.usage import Meter, Watch
+from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.traffic import Traffic
 from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
 
@@ -26,7 +28,7 @@ log = logging.getLogger("orchestrator.proxy")
 # Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop; and a client's credentials, which are no engine's business.
 DROPPED = OWN_HEADERS | frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host content-length expect"
-    b" authorization x-api-key cookie".split()
+    b" x-request-id traceparent authorization x-api-key api-key cookie sec-websocket-protocol".split()
 )
 UNBUFFERED = (b"x-accel-buffering", b"no")  # nginx, before us, must not collect a stream
 
@@ -36,45 +38,99 @@ class Proxy:
 
     def __init__(self, traffic: Traffic, resolve: Callable[[str], str], upstreams: Upstreams, keys: Keys, max_body_bytes: int) -> None:
         self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
+        self._responses = Responses()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if routes.is_escaped(scope["raw_path"]):
+                raise routes.missing(scope["method"], scope["path"])
             headers = dict(scope["headers"])
             caller = self._keys.caller(headers, asking.address_of(scope, headers))
             body = await _read_body(headers, receive, self._max_body)
             if body is None:
                 return  # the client left
-            wanted = asking.read(scope["path"], headers, body, caller)
-            model = self._resolve(wanted.model)
+            wanted = asking.read(route, headers, body, caller)
+            if wanted.previous:
+                model = self._responses.of(wanted.previous, _owner(caller)).model
+            else:
+                model = caller.resolve(self._resolve, wanted.model)
             caller.enter(model)
             meter: Meter | None = None
             try:
                 if caller.metered:
-                    unasked = wanted.silent_stream and scope["path"] in usage.ASKS
-                    meter, body = Meter(hides_usage=unasked), usage.asked_for(body) if unasked else body
-                await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, meter))
+                    unasked = wanted.streams and route.counts and not wanted.wants_usage
+                    meter, body = Meter(unasked, wanted.streams), usage.asked_for(body) if unasked else body
+                await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
             finally:
                 caller.leave(model, meter.usage() if meter else None)
         except OrchestratorError as error:
-            await _send_error(send, error)
+            await _send_error(scope, send, error)
         except Exception:
             log.exception("a request could not be answered")
             # Raises where the answer had begun: then the server breaks it off.
-            await _send_error(send, error_body.BUG)
+            await _send_error(scope, send, error_body.BUG)
 
-    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking, meter: Meter | None) -> None:
-        progress = Progress(send, model)
+    async def by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """To the engine that made that response, also while it sleeps; it needs no lease, and wakes nobody."""
+        try:
+            found = routes.by_id(scope["method"], scope["path"])
+            if found is None or routes.is_escaped(scope["raw_path"]):
+                raise routes.missing(scope["method"], scope["path"])
+            path, response_id = found
+            headers = dict(scope["headers"])
+            caller = self._keys.caller(headers, asking.address_of(scope, headers))
+            body = await _read_body(headers, receive, self._max_body)
+            if body is None:
+                return
+            made = self._responses.of(response_id, _owner(caller))
+            caller.enter(made.model)
+            try:
+                forward = self._forward(scope, send, path, made.model, made.launch_id, body, Progress(send, made.model), None)
+                await _unless_it_leaves(scope["extensions"][CLIENT], forward)
+            except EngineDied as died:
+                if not isinstance(died.__cause__, FileNotFoundError | ConnectionRefusedError):
+                    raise
+                self._responses.forget(response_id)  # with its engine it is gone
+                raise responses.unknown(response_id) from None
+            finally:
+                caller.leave(made.model, None)
+        except OrchestratorError as error:
+            await _send_error(scope, send, error)
+
+    async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
+        """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
+        try:
+            body = await _read_body(dict(scope["headers"]), receive, self._max_body)
+            if body is not None:
+                forward = self._forward(scope, send, path, model, launch_id, body, Progress(send, model), None)
+                await _unless_it_leaves(scope["extensions"][CLIENT], forward)
+        except OrchestratorError as error:
+            await _send_error(scope, send, error)
+
+    async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking, caller: Caller, meter: Meter | None) -> None:
+        route = wanted.route
+        progress = Progress(send, model, route.is_anthropic, scope["extensions"][IDS].request_id)
         tell = progress.tell if wanted.progress else None
         try:
             async with self._traffic.lease(model, wanted.ask, wanted.asker, tell) as launch_id:
-                await self._forward(scope, send, model, launch_id, body, progress, meter)
+                if route is not RESPONSES:
+                    await self._forward(scope, send, route.path, model, launch_id, body, progress, meter)
+                    return
+                made = Made(model, launch_id, _owner(caller))
+                if wanted.previous and self._responses.of(wanted.previous, made.owner) != made:
+                    raise responses.unknown(wanted.previous)
+                naming = Naming(self._responses, made, meter)
+                await self._forward(scope, send, route.path, model, launch_id, body, progress, naming)
+                if wanted.background and naming.id:
+                    scope["extensions"][CLIENT].on_leaving = None  # it has its answer
+                    await responses.until_done(self._upstreams.of(launch_id), naming.id)
         except OrchestratorError as error:
             if not progress.begun:
                 raise
             await progress.end(error)
 
     async def _forward(
-        self, scope: Scope, send: Send, model: str, launch_id: str, body: bytes, progress: Progress, meter: Meter | None
+        self, scope: Scope, send: Send, path: str, model: str, launch_id: str, body: bytes, progress: Progress, watch: Watch | None
     ) -> None:
         """Raises EngineDied while the client can still be told in order; later than that the stream is broken off."""
         # Where the answer has begun it has as plain text.
@@ -82,11 +138,11 @@ class Proxy:
         started = streaming = False
         client: Client = scope["extensions"][CLIENT]
         try:
-            answer = await self._upstreams.of(launch_id).ask(_head(scope, len(body), dropped), body, meter)
+            answer = await self._upstreams.of(launch_id).ask(_head(scope, path, len(body), dropped), body, watch)
             try:
                 streaming = answer.content_type.startswith(b"text/event-stream")
                 if progress.begun and not streaming:
-                    await progress.end_with(await _all_of(answer), answer.status)
+                    await progress.end_with(b"".join([part async for part in answer.parts()]), answer.status)
                     return
                 if not progress.begun:
                     headers = [*(h for h in answer.headers if h[0] != b"content-length"), UNBUFFERED] if streaming else answer.headers
@@ -110,26 +166,28 @@ class Proxy:
             if not started:
                 raise died from error
             if streaming:
-                event = b"data: " + error_body.body(died) + b"\n\n"
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": progress.event(died), "more_body": True})
             # Returning without the last body message makes the server cut the connection: never a silent short success.
 
 
-async def _all_of(answer: Answer) -> bytes:
-    parts = []
-    while part := await answer.read():
-        parts.append(part)
-    return b"".join(parts)
+def _owner(caller: Caller) -> str:
+    return caller.client if caller.metered else ""
 
 
-def _head(scope: Scope, length: int, dropped: frozenset[bytes]) -> bytes:
-    """The client's request line and headers, less those of its hop: also the ones that its Connection header names."""
-    parts: list[bytes] = [scope["method"].encode(), b" ", scope["raw_path"]]
+def _head(scope: Scope, path: str, length: int, dropped: frozenset[bytes]) -> bytes:
+    """The table's path, and the client's headers less those of its hop: also the ones that its Connection header names."""
+    ids: Ids = scope["extensions"][IDS]
+    parts: list[bytes] = [scope["method"].encode(), b" ", path.encode()]
     if scope["query_string"]:
         parts += b"?", scope["query_string"]
-    parts.append(b" HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\n" % length)
+    parts.append(
+        b" HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\nx-request-id: %b\r\ntraceparent: %b\r\n"
+        % (length, ids.request_id, ids.traceparent)
+    )
     given = scope["headers"]
     named = {name.strip().lower() for key, value in given if key == b"connection" for name in value.split(b",")}
+    if not ids.traced:
+        named.add(b"tracestate")
     for key, value in given:
         if key not in dropped and key not in named:
             parts += key, b": ", value, b"\r\n"
@@ -149,7 +207,8 @@ async def _unless_it_leaves(client: Client, work: Awaitable[None]) -> None:
             raise
         task.uncancel()
     finally:
-        client.on_leaving = None
+        if client.on_leaving == task.cancel:  # else it is the next request's already
+            client.on_leaving = None
 
 
 async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | None:
@@ -157,26 +216,31 @@ async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: in
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    chunks, size = [], 0
+    whole: bytearray | None = None  # grows in place: parts that are joined at the end are there twice
     while True:
         message: Message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
+        chunk: bytes = message.get("body", b"")
+        if (len(whole) if whole else 0) + len(chunk) > limit:
             raise _too_large(limit)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks) if len(chunks) > 1 else chunks[0]
+        more = message.get("more_body", False)
+        if whole is None and not more:
+            return chunk
+        if whole is None:
+            whole = bytearray()
+        whole += chunk
+        if not more:
+            return whole  # type: ignore[return-value]  # nobody who reads it sees a difference
 
 
 def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than {limit} bytes (requests.max_body).")
 
 
-async def _send_error(send: Send, error: OrchestratorError) -> None:
-    body = error_body.body(error)
+async def _send_error(scope: Scope, send: Send, error: OrchestratorError) -> None:
+    anthropic, request_id = routes.is_anthropic(scope["path"]), scope["extensions"][IDS].request_id
+    body = error_body.body(error, anthropic, request_id)
     headers = [(k.encode(), v.encode()) for k, v in error_body.headers(error).items()]
     headers.append((b"content-length", str(len(body)).encode()))
     with contextlib.suppress(OSError):  # the client may be gone

@@ -5,24 +5,22 @@ A quarter of aiohttp's CPU a request (bench proxy). An answer that is cut, or is
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from functools import partial
 from time import monotonic
 from typing import cast
 
 from httptools import HttpParserError, HttpResponseParser
 
-from orchestrator.api.server import Client
-from orchestrator.api.usage import Meter
+from orchestrator.api.connection import Client
+from orchestrator.api.usage import Watch
 
 CONNECT_S = 5.0
 # Engines close idle connections after 75 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); this side must give up earlier, or requests meet the end.
 KEEP_ALIVE_S = 60.0
 HELD_BYTES = 64 << 10  # of an answer that its client has not taken yet; beyond that the engine waits
-# Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop.
-DROPPED = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"server", b"date"})
-
-Headers = list[tuple[bytes, bytes]]
+# Hop-by-hop (RFC 9110 7.6.1), or made anew on each hop; and ids, which each answer of ours bears.
+DROPPED = frozenset(b"connection keep-alive te trailer transfer-encoding upgrade server date x-request-id request-id traceparent".split())
 
 
 class Broken(ConnectionError):
@@ -47,9 +45,9 @@ class Answer(asyncio.Protocol):
 
     def _begin(self) -> None:
         self.status = 0
-        self.headers: Headers = []
+        self.headers: list[tuple[bytes, bytes]] = []
         self.content_type = b""
-        self._meter: Meter | None = None
+        self._watch: Watch | None = None
         self._client: Client | None = None
         self._chunks: list[bytes] = []
         self._held = 0
@@ -57,9 +55,9 @@ class Answer(asyncio.Protocol):
 
     # ---- its user ----
 
-    def send(self, head: bytes, body: bytes, meter: Meter | None) -> None:
+    def send(self, head: bytes, body: bytes, watch: Watch | None) -> None:
         self._begin()
-        self._meter = meter
+        self._watch = watch
         self._transport.writelines((head, body))
 
     async def head(self) -> None:
@@ -82,6 +80,11 @@ class Answer(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """All that is left. Raises Broken."""
+        while part := await self.read():
+            yield part
 
     @property
     def whole(self) -> bool:
@@ -193,7 +196,7 @@ class Answer(asyncio.Protocol):
             self.headers = []  # an interim answer: the real one follows
 
     def on_body(self, body: bytes) -> None:
-        if self._meter is not None and not (body := self._meter.part(body)):
+        if self._watch is not None and not (body := self._watch.part(body)):
             return
         self._chunks.append(body)
         if self._client is not None:
@@ -216,8 +219,8 @@ class Upstream:
         self._idle: list[Answer] = []
         self._closed = False
 
-    async def ask(self, head: bytes, body: bytes, meter: Meter | None = None) -> Answer:
-        """Send a request; returns when the head of its answer is there. The caller must release() it. `meter` sees each part of its
+    async def ask(self, head: bytes, body: bytes, watch: Watch | None = None) -> Answer:
+        """Send a request; returns when the head of its answer is there. The caller must release() it. `watch` sees each part of its
         body. Raises OSError: Broken, or why it could not be connected.
 
         A kept connection may have ended in the very moment that it was used: then nothing has come back, and the request is sent once more.
@@ -225,15 +228,15 @@ class Upstream:
         kept = self._kept()
         if kept is not None:
             try:
-                return await self._on(kept, head, body, meter)
+                return await self._on(kept, head, body, watch)
             except Broken as broken:
                 if broken.begun:
                     raise
-        return await self._on(await self._connect(), head, body, meter)
+        return await self._on(await self._connect(), head, body, watch)
 
-    async def _on(self, answer: Answer, head: bytes, body: bytes, meter: Meter | None) -> Answer:
+    async def _on(self, answer: Answer, head: bytes, body: bytes, watch: Watch | None) -> Answer:
         try:
-            answer.send(head, body, meter)
+            answer.send(head, body, watch)
             await answer.head()
         except BaseException:
             answer.close()

@@ -145,17 +145,17 @@ def spec_of(given: dict[str, Any], engine_args: list[str]) -> Json:
     if variables := spec.pop("variables", ()):
         spec["env"] = dict(variables)
     if adapters := spec.pop("adapters", ()):
-        spec["adapters"] = {name: _as_the_daemon_sees_it(source) for name, source in adapters}
+        spec["adapters"] = {name: as_the_daemon_sees_it(source) for name, source in adapters}
     if "aliases" in spec:
         spec["aliases"] = list(spec["aliases"])
     if engine_args:
         spec["args"] = engine_args
     spec |= dict.fromkeys((each for each in ("sleep_timeout", "idle_timeout") if spec.get(each) == "never"), None)
-    spec["source"] = _as_the_daemon_sees_it(spec["source"])
+    spec["source"] = as_the_daemon_sees_it(spec["source"])
     return spec
 
 
-def _as_the_daemon_sees_it(source: str) -> str:
+def as_the_daemon_sees_it(source: str) -> str:
     """It has another working directory and home. `org/name` stays a Hub id even where such a folder exists."""
     local = source.startswith(("./", "../", "~")) or source in (".", "..")
     return os.path.abspath(os.path.expanduser(source)) if local else source

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import change, limit, look, options, plan, residency, screen
+from orchestrator.cli import adapt, change, keys, limit, look, options, plan, residency, screen
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -150,12 +150,14 @@ for verb in (
     residency.unpin,
     plan.plan,
     limit.limit,
+    adapt.adapt,
     look.ls,
     look.ps,
     look.describe,
     look.explain,
     look.logs,
     look.status,
+    keys.keys,
 ):
     cli.add_command(verb)
 

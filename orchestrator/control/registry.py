@@ -155,11 +155,11 @@ class Registry:
             overrides = {k: v for k, v in {**self._known[name].overrides, **changes}.items() if v is not None}
             spec = _overridden(self._bases[name], overrides)
             self._refuse_taken(spec, but=name)
-            footprint = self._footprint(spec) if "adapters" in changes else self._known[name].footprint
+            footprint = self._footprint(spec)
             if problems := _ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
                 raise SpecError(problems)
             await self._store.set_overrides(name, overrides)
-            self._put(replace(self._known[name], spec=spec, footprint=footprint, overrides=overrides))
+            self._put(replace(self._known[name], spec=spec, footprint=self._footprint(spec), overrides=overrides))  # as learned meanwhile
 
     async def pin(self, name: str, pinned: bool, gpus: Sequence[GpuReading]) -> None:
         """Also for later runs; nothing is kept where its spec says the same."""

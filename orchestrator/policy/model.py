@@ -14,7 +14,9 @@ from orchestrator.policy.units import Duration, Size, parse_duration, show_bytes
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:@+-]|/(?=[A-Za-z0-9])){0,127}")
 # `/models/x/logs` must mean the logs of x, never a model called x/logs: what the operators' API has behind a name (api/admin.py).
-ROUTE_WORDS = frozenset(["start", "stop", "load", "unload", "sleep", "wake", "drain", "pin", "unpin", "limit", "plan", "watch", "logs"])
+ROUTE_WORDS = frozenset(
+    ["start", "stop", "load", "unload", "sleep", "wake", "drain", "pin", "unpin", "limit", "adapters", "plan", "watch", "logs"]
+)
 
 OWNED_ARGS = {
     # vLLM's flag -> the field to use instead, or "- " and why there is none. A second value would break routing or budgets.

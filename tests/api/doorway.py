@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.api.app import UsersApp
 from orchestrator.api.openai import forwarded
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
 from orchestrator.api.upstream import Upstreams
 from orchestrator.control.keys import Keys
@@ -26,6 +27,7 @@ class Doorway:
     address: tuple[str, int]
     traffic: Traffic
     upstream: Upstream
+    upstreams: Upstreams
 
     def door(self, launch_id: str | None = "one", **fields: object) -> None:
         self.traffic.publish({"one": Door(launch_id, **fields)})  # type: ignore[arg-type]
@@ -42,14 +44,15 @@ class Doorway:
 
 
 @contextlib.asynccontextmanager
-async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096) -> AsyncIterator[Doorway]:
+async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096, max_body_bytes: int = 1 << 20) -> AsyncIterator[Doorway]:
     async with contextlib.AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(scripted(folder / "engine.sock"))
         traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
-        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), 1 << 20)
+        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), max_body_bytes)
+        realtime = Realtime(traffic, lambda name: name, lambda launch_id: str(upstream.path), Keys())
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        server = Server(UsersApp([], forwarded(proxy), None, None), access_log=False)
+        server = Server(UsersApp([], forwarded(proxy, realtime), None, None), access_log=False)
         serving = asyncio.create_task(server.serve([public]))
 
         async def stop() -> None:
@@ -58,4 +61,4 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096)
             upstreams.tidy(())
 
         stack.push_async_callback(stop)
-        yield Doorway(public.getsockname(), traffic, upstream)
+        yield Doorway(public.getsockname(), traffic, upstream, upstreams)

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.api.admin import About, Admin
-from orchestrator.api.app import UsersApp, operators_app
+from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.keys import KeysApi
 from orchestrator.api.openai import forwarded, models_router
+from orchestrator.api.peers import Peers
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
+from orchestrator.api.through import Through
 from orchestrator.api.upstream import Upstreams
 from orchestrator.control.keys import Keys
+from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
@@ -49,7 +54,7 @@ class Engines:
         self.logs = logs
         self.seen: dict[str, EngineSeen] = {}
         self.launches: dict[str, Launch] = {}
-        self.slow: set[str] = set()  # models whose engine becomes ready only when the test says so
+        self.slow: set[str] = set()  # models whose engine starts or wakes only when the test says so
         self.notify: Callable[[], None] = lambda: None
 
     async def adopt(self) -> Sequence[Launch]:
@@ -94,6 +99,8 @@ class Engines:
         self.notify()
 
     def wake(self, launch_id: str) -> None:
+        if self.launches[launch_id].spec.name in self.slow:
+            return
         self.seen[launch_id] = replace(self.seen[launch_id], asleep=False, wake_s=0.25)
         self.notify()
 
@@ -175,6 +182,10 @@ class House:
             return await client.answer()
 
 
+async def nothing() -> None:
+    """What is done when a key was made, in a house that listens where it listens."""
+
+
 @contextlib.asynccontextmanager
 async def house(
     folder: Path,
@@ -183,6 +194,7 @@ async def house(
     max_body_bytes: int = 1 << 20,
     key: str | None = None,
     ready: bool = True,
+    keys: Keys | None = None,
 ) -> AsyncIterator[House]:
     """`specs`: models of the config file. Unless `ready` is False they are up when the house is entered."""
     wake = asyncio.Event()
@@ -199,7 +211,11 @@ async def house(
         await registry.load()
         traffic = Traffic(wake.set, max_wait_s)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
-        proxy = Proxy(traffic, registry.resolve, upstreams, Keys(), max_body_bytes)
+        keys = keys or Keys()
+        ledger = Ledger(keys, store)
+        await ledger.load()
+        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes)
+        realtime = Realtime(traffic, registry.resolve, lambda launch_id: str(upstream.path), keys)
         loop = Reconciler(registry, traffic, engines, Observer(Cards(), engines, traffic.seen, time.monotonic), store, rules, 0.05, wake)
         about = About(
             listen=lambda: "http://127.0.0.1:1",
@@ -213,13 +229,20 @@ async def house(
         )
         socket_of = lambda launch_id: str(upstream.path)  # noqa: E731
         admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()
+        admin.include_router(KeysApi(ledger, registry.resolve, nothing).router())
+        admin = operators(admin, Through(proxy, registry.resolve, loop).router())
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))
         private.listen()
         servers = [
-            (Server(UsersApp([models_router(registry, loop, lambda: 1.5e9)], forwarded(proxy), admin, key), access_log=False), public),
-            (Server(operators_app(admin), access_log=False), private),
+            (
+                Server(
+                    UsersApp([models_router(registry, loop, lambda: 1.5e9, keys)], forwarded(proxy, realtime), admin, key), access_log=False
+                ),
+                public,
+            ),
+            (Server(operators_app(admin, Peers(None)), access_log=False), private),
         ]
         for _ in range(4):  # wanted, waiting, starting, ready
             await loop.tick()

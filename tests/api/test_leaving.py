@@ -57,6 +57,20 @@ async def test_while_the_model_starts(folder: Path) -> None:
         assert at.upstream.connections == 0
 
 
+async def test_while_the_model_wakes(folder: Path) -> None:
+    async with house(folder, ONE) as at:
+        assert (await at.operate("POST", "/models/one/sleep")).status == 202
+        await at.until_state("one", "asleep")
+        at.engines.slow.add("one")
+        async with at.client() as leaver:
+            await leaver.request(CHAT, BODY)
+            await at.until_state("one", "waking")
+            assert (at.seen("one").in_flight, at.seen("one").waiting) == (0, 1)
+            leaver.leave()
+            await at.until_counts("one", 0, 0)
+        assert at.upstream.connections == 0
+
+
 @pytest.mark.parametrize("phase", ["before the first byte", "after the head", "mid-stream"])
 async def test_from_a_stream(folder: Path, phase: str) -> None:
     async with house(folder, ONE) as at, at.client() as leaver:

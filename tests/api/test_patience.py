@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from orchestrator.api.asking import address_of, read
+from orchestrator.api.routes import TABLE
 from orchestrator.control.keys import Caller, Keys
 from orchestrator.errors import BadRequest
 from tests.api.doorway import Doorway, doorway
@@ -19,7 +20,7 @@ LOCAL = ("127.0.0.1", 5)
 
 
 def patience(*headers: tuple[bytes, bytes], body: bytes = BODY) -> float | None:
-    return read(CHAT, dict(headers), body, Caller("")).asker.patience_s
+    return read(TABLE[0], dict(headers), body, Caller("")).asker.patience_s
 
 
 @pytest.mark.parametrize("name", [b"x-stainless-read-timeout", b"x-stainless-timeout", b"x-request-timeout"])
@@ -91,10 +92,10 @@ async def test_a_header_for_us_that_is_wrong_is_a_400_with_the_mend(folder: Path
 
 @pytest.mark.parametrize("value", [b"-8", b"8", b"+3", b"-0"])
 def test_priorities_that_are_right(value: bytes) -> None:
-    with_it = read(CHAT, {b"x-priority": value}, BODY, Caller(""))
+    with_it = read(TABLE[0], {b"x-priority": value}, BODY, Caller(""))
     assert with_it.asker.priority == int(value)
     with pytest.raises(BadRequest):
-        read(CHAT, {b"x-priority": value + b"0"}, BODY, Caller(""))
+        read(TABLE[0], {b"x-priority": value + b"0"}, BODY, Caller(""))
 
 
 @pytest.mark.asyncio

@@ -47,7 +47,7 @@ async def test_comments_at_once_and_at_each_phase_then_the_engines_own_stream(fo
         at.door(None, phase="starting, capturing graphs", retry_after_s=1)
         assert await client.chunk() == b": waiting for one: starting, capturing graphs, about 1 s\n\n"
         exchange = await admitted(at)
-        await exchange.stream((b"X-Request-Id", b"r1"))
+        await exchange.stream((b"X-Mine", b"r1"))
         for event in (b'data: {"a": "\xc3', b'\xa9"}\n\n', b"data: [DONE]\n\n"):
             await exchange.chunk(event)
             assert await client.chunk() == event
@@ -105,9 +105,9 @@ async def test_who_need_not_wait_gets_the_engines_head_and_status(folder: Path) 
     async with doorway(folder) as at, at.client() as client:
         at.door()
         await client.request(CHAT, STREAM, PROGRESS)
-        await (await at.upstream.request()).answer(400, b'{"error":{}}', (b"X-Request-Id", b"r1"))
+        await (await at.upstream.request()).answer(400, b'{"error":{}}', (b"X-Mine", b"r1"))
         answer = await client.answer()
-        assert (answer.status, answer.body, answer.header(b"x-request-id")) == (400, b'{"error":{}}', b"r1")
+        assert (answer.status, answer.body, answer.header(b"x-mine")) == (400, b'{"error":{}}', b"r1")
 
 
 @pytest.mark.parametrize(

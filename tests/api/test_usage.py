@@ -65,3 +65,22 @@ def test_a_stream_is_asked_for_its_usage_whatever_it_said_before() -> None:
     for body in (b'{"model":"a","stream":true}', b' {"stream_options":{"include_usage":false},"model":"a"} \n'):
         assert json.loads(asked_for(body))["stream_options"] == {"include_usage": True}
         assert json.loads(asked_for(body))["model"] == "a"
+
+
+def test_of_a_stream_that_was_cut_its_events_count() -> None:
+    event = b'data: {"choices":[{"text":"x"}]}\n\n'
+    for streams, usage in ((True, Usage(0, 500)), (False, None)):
+        meter = Meter(False, streams)
+        for _ in range(500):
+            assert meter.part(event) == event
+        assert meter.usage() == usage
+    assert Meter(True, True).usage() is None  # nothing came: nothing was made
+
+
+def test_of_a_long_answer_only_the_end_is_kept() -> None:
+    meter = Meter(False)
+    for _ in range(10_000):
+        meter.part(b"x" * 1000)
+    assert sum(map(len, meter._tail)) < 20_000
+    meter.part(b'"usage":{"prompt_tokens":4,"completion_tokens":2}}')
+    assert meter.usage() == Usage(4, 2)

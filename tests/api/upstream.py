@@ -68,14 +68,14 @@ class Upstream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.connections = 0
-        self._arrived: asyncio.Queue[Exchange] = asyncio.Queue()
+        self.arrived: asyncio.Queue[Exchange] = asyncio.Queue()
         self._serving: set[asyncio.Task[None]] = set()
 
     async def request(self) -> Exchange:
-        return await asyncio.wait_for(self._arrived.get(), DEADLINE_S)
+        return await asyncio.wait_for(self.arrived.get(), DEADLINE_S)
 
     def untouched(self) -> bool:
-        return self._arrived.empty() and self.connections == 0
+        return self.arrived.empty() and self.connections == 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -84,7 +84,7 @@ class Upstream:
         self._serving.add(task)
         try:
             while (exchange := await _read(reader, writer)) is not None:
-                self._arrived.put_nowait(exchange)
+                self.arrived.put_nowait(exchange)
                 await exchange.over.wait()
         except (ConnectionError, asyncio.CancelledError):
             pass
@@ -106,8 +106,8 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> E
     request, *lines = head[:-4].split(b"\r\n")
     headers = [(key, value.strip(b" ")) for key, _, value in (line.partition(b":") for line in lines)]
     declared = next((value for key, value in headers if key.lower() == b"content-length"), None)
-    assert declared is not None, head
-    body = await reader.readexactly(int(declared))
+    assert declared is not None or request.startswith(b"GET "), head
+    body = await reader.readexactly(int(declared or 0))
     return Exchange(request.split(b" ")[1], headers, body, reader, writer, asyncio.Event())
 
 

@@ -128,3 +128,39 @@ def test_rm_leaves_nothing(daemon: Daemon, pair: tuple[str, str], client: Client
         plain(client(daemon), pair[0])
     assert refused.value.code == "model_not_found"
     assert daemon.ctl("describe", pair[0]).returncode == 4
+
+
+def test_an_adapter_is_a_model_of_its_own_served_by_the_engine_of_its_base(daemon: Daemon, client: Client, tmp_path: Path) -> None:
+    base, sql, folder = daemon.name("base"), daemon.name("sql"), tmp_path / "sql"
+    refused = daemon.ctl("add-model", base, str(daemon.model_folder), "--adapter", f"{sql}={folder}")
+    assert refused.returncode != 0
+    assert f"its adapter {sql!r}: there is no folder" in refused.stderr
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    daemon.add(base, "--adapter", f"{sql}={folder}")
+    api = client(daemon)
+    assert plain(api, sql)
+    assert streamed(api, sql)
+    listed = {model.id: model for model in api.models.list()}
+    assert (listed[sql].to_dict()["parent"], "parent" in listed[base].to_dict()) == (base, False)
+    assert api.models.retrieve(sql).id == sql
+    assert len([model for model in daemon.get("/models")["models"] if model["name"] in (base, sql)]) == 1
+
+
+def test_an_adapter_comes_and_goes_at_runtime_and_no_request_fails(daemon: Daemon, client: Client, tmp_path: Path) -> None:
+    base, late, folder = daemon.name("moving"), daemon.name("late"), tmp_path / "late"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    daemon.add(base)
+    api = client(daemon)
+    assert plain(api, base)
+    said = daemon.ctl("adapt", base, "--add", f"{late}={folder}")
+    assert (said.returncode, said.stdout.split()) == (0, [late, str(folder)]), said.stderr
+    assert plain(api, late)  # it waits for the new engine
+    assert daemon.ctl("adapt", base, "--rm", late).stdout == f"{base} has no adapters\n"
+    assert plain(api, base)
+    with pytest.raises(openai.NotFoundError):
+        plain(api, late)
+    refused = daemon.ctl("adapt", base, "--rm", late)
+    assert refused.returncode != 0
+    assert f"has no adapter {late!r}" in refused.stderr

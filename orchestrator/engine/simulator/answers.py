@@ -6,9 +6,7 @@ test can see which engine answered.
 
 from __future__ import annotations
 
-import base64
 import json
-import struct
 import uuid
 from dataclasses import dataclass, field
 from time import time
@@ -70,18 +68,23 @@ def usage_of(prompt_tokens: int, completion_tokens: int) -> Json:
 
 @dataclass
 class Answer:
-    """What the bodies of one request share; `chat` tells the two completion APIs apart."""
+    """What the bodies of one request share; `chat` tells the two completion APIs apart. `tool`: name and arguments of the call that it
+    makes; `instead`: what it says in place of words."""
 
     model: str
     prompt_tokens: int
     chat: bool
+    tool: tuple[str, str] | None = None
+    instead: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time()))
 
     def whole(self, text: str, tokens: int, reason: str) -> Json:
-        choice: Json = {"index": 0, "logprobs": None, "finish_reason": reason, "stop_reason": None}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": "tool_calls" if self.tool else reason, "stop_reason": None}
+        if self.chat and self.tool:
+            choice["message"] = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [self._call(*self.tool)]}
+        elif self.chat:
+            choice["message"] = {"role": "assistant", "content": self.instead or text, "refusal": None, "tool_calls": []}
         else:
             choice["text"] = text
         kind = "chat.completion" if self.chat else "text_completion"
@@ -89,6 +92,19 @@ class Answer:
 
     def role_chunk(self) -> Json:
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
+
+    def canned(self) -> list[Json]:
+        """The chunks of what was settled beforehand, in parts as a model makes them."""
+        if self.tool is None:
+            text = self.instead or ""
+            return [self._chunk({"delta": {"content": part}}, None) for part in (text[:7], text[7:]) if part] + [self.chunk("", "stop")]
+        name, arguments = self.tool
+        first = {**self._call(name, ""), "index": 0}
+        parts = [first] + [{"index": 0, "function": {"arguments": part}} for part in (arguments[:3], arguments[3:]) if part]
+        return [*(self._chunk({"delta": {"tool_calls": [part]}}, None) for part in parts), self.chunk("", "tool_calls")]
+
+    def _call(self, name: str, arguments: str) -> Json:
+        return {"id": f"chatcmpl-tool-{self.id}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def chunk(self, text: str, reason: str | None) -> Json:
         return self._chunk({"delta": {"content": text}} if self.chat else {"text": text}, reason)
@@ -107,82 +123,6 @@ class Answer:
     def _head(self, kind: str) -> Json:
         prefix = "chatcmpl" if self.chat else "cmpl"
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
-
-
-@dataclass
-class ResponseAnswer:
-    """The Responses API: one object, and the events that build it."""
-
-    model: str
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time()))
-    _sequence: int = 0
-
-    def whole(self, text: str | None, tokens: int, status: str) -> Json:
-        output = [] if text is None else [self._item(text, "completed")]
-        usage = {
-            "input_tokens": self.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.prompt_tokens + tokens,
-        }
-        return {
-            "id": f"resp_{self.id}", "object": "response", "created_at": self.created, "model": self.model,
-            "status": status, "output": output, "usage": None if text is None else usage, "error": None,
-            "incomplete_details": None, "instructions": None, "metadata": None, "parallel_tool_calls": True,
-            "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
-        }  # fmt: skip
-
-    def opening(self) -> list[bytes]:
-        created = self.whole(None, 0, "in_progress")
-        return [
-            self._event("response.created", response=created),
-            self._event("response.in_progress", response=created),
-            self._event("response.output_item.added", output_index=0, item=self._item("", "in_progress")),
-            self._part("response.content_part.added", part=_part("")),
-        ]
-
-    def delta(self, text: str) -> bytes:
-        return self._part("response.output_text.delta", delta=text, logprobs=[])
-
-    def closing(self, text: str, tokens: int) -> list[bytes]:
-        return [
-            self._part("response.output_text.done", text=text, logprobs=[]),
-            self._part("response.content_part.done", part=_part(text)),
-            self._event("response.output_item.done", output_index=0, item=self._item(text, "completed")),
-            self._event("response.completed", response=self.whole(text, tokens, "completed")),
-        ]
-
-    def _item(self, text: str, status: str) -> Json:
-        content = [_part(text)] if text else []
-        return {"id": f"msg_{self.id}", "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=f"msg_{self.id}", output_index=0, content_index=0, **fields)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        data = {"type": kind, "sequence_number": self._sequence, **fields}
-        self._sequence += 1
-        return sse(data, kind)
-
-
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
-
-
-def embeddings(model: str, inputs: list[str], *, as_base64: bool) -> Json:
-    """Sixteen numbers for each input, from its characters: the same input gives the same vector."""
-    data: list[Json] = []
-    for index, text in enumerate(inputs):
-        vector = [float(sum(map(ord, text[i::16])) % 997) / 997 for i in range(16)]
-        value: Any = base64.b64encode(struct.pack("<16f", *vector)).decode() if as_base64 else vector
-        data.append({"index": index, "object": "embedding", "embedding": value})
-    tokens = sum(map(len, inputs))
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
-    identity = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": int(time()), "model": model}
-    return identity | {"data": data, "usage": usage}
 
 
 def models(names: list[str], root: str, max_model_len: int) -> Json:

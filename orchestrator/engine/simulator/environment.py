@@ -38,6 +38,7 @@ class Environment:
     keep_alive_s: int
     v2_runner: bool
     api_key: str | None
+    keeps_responses: bool
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
@@ -64,4 +65,5 @@ class Environment:
             keep_alive_s=int(env.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
             v2_runner=env.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0",
             api_key=env.get("VLLM_API_KEY"),
+            keeps_responses=env.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") == "1",
         )

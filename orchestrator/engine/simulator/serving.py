@@ -62,6 +62,7 @@ class Serving:
             lifespan="on",
             timeout_keep_alive=self._env.keep_alive_s,
             h11_max_incomplete_event_size=4 * 2**20,
+            ws="websockets-sansio",
         )
         self._server = _Server(config)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

@@ -7,14 +7,16 @@ that is what aborts the request in EngineCore.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answers import Answer, ResponseAnswer, error_body, sse, words
+from .answers import Answer, Json, error_body, sse, words
 from .client import EngineDead, Progress
+from .messages import MessageAnswer, broken
+from .responses import ResponseAnswer
 
 Run = AsyncGenerator[Progress]
 
@@ -27,7 +29,12 @@ async def completion_chunks(answer: Answer, run: Run, own_end: bool, *, with_usa
                 yield sse(answer.role_chunk())
             text = words(answer.model, told + 1, tokens)
             told = tokens
+            if answer.tool or answer.instead:
+                continue
             yield sse(answer.chunk(text, None if reason is None else reason_of(reason, own_end)))
+        if answer.tool or answer.instead:
+            for chunk in answer.canned():
+                yield sse(chunk)
         if with_usage:
             yield sse(answer.usage_chunk(told))
         yield sse("[DONE]")
@@ -37,7 +44,7 @@ async def completion_chunks(answer: Answer, run: Run, own_end: bool, *, with_usa
         await run.aclose()  # Now, not when the garbage is collected.
 
 
-async def response_events(answer: ResponseAnswer, run: Run) -> AsyncIterator[bytes]:
+async def response_events(answer: ResponseAnswer, run: Run, keep: Callable[[Json], None]) -> AsyncIterator[bytes]:
     told = 0
     try:
         async for tokens, _ in run:
@@ -46,8 +53,41 @@ async def response_events(answer: ResponseAnswer, run: Run) -> AsyncIterator[byt
                     yield event
             yield answer.delta(words(answer.model, told + 1, tokens))
             told = tokens
-        for event in answer.closing(words(answer.model, 1, told), told):
+        text = words(answer.model, 1, told)
+        keep(answer.whole(text, told, "completed"))
+        for event in answer.closing(text, told):
             yield event
+    except EngineDead as error:
+        yield sse(error_body(str(error), "InternalServerError", 500))
+    finally:
+        await run.aclose()
+
+
+async def message_events(answer: MessageAnswer, run: Run) -> AsyncIterator[bytes]:
+    told, reason = 0, "length"
+    try:
+        async for tokens, ended in run:
+            if told == 0:
+                for event in answer.opening():
+                    yield event
+            yield answer.delta(words(answer.model, told + 1, tokens))
+            told, reason = tokens, ended or reason
+        for event in answer.closing(told, reason):
+            yield event
+    except EngineDead as error:
+        yield broken(str(error))
+    finally:
+        await run.aclose()
+
+
+async def transcription_chunks(model: str, run: Run) -> AsyncIterator[bytes]:
+    told = 0
+    try:
+        async for tokens, reason in run:
+            choice = {"delta": {"content": words(model, told + 1, tokens)}, "finish_reason": reason and "stop"}
+            yield sse({"object": "transcription.chunk", "model": model, "choices": [choice]})
+            told = tokens
+        yield sse("[DONE]")
     except EngineDead as error:
         yield sse(error_body(str(error), "InternalServerError", 500))
     finally:

@@ -157,7 +157,7 @@ def _kvcached_settings() -> None:
                     if alias in vars(module):
                         setattr(module, alias, fresh[name])
     if workers := sys.modules.get("kvcached.tp_ipc_util"):  # else all forked engines have one folder of sockets, and the last one's workers
-        workers.SOCKET_DIR = kvcached.utils.get_tp_socket_dir()
+        vars(workers)["SOCKET_DIR"] = kvcached.utils.get_tp_socket_dir()
     kvcached.utils.get_kvcached_logger().setLevel(kvcached.utils.get_log_level())
 
 

@@ -1,0 +1,248 @@
+"""A client's connection: uvicorn's, with what ASGI cannot tell, and with bounds that uvicorn does not have.
+
+In ASGI an application hears of a client's leaving in receive() only, so each request would need a second task that waits there; the
+head of an answer is a write of its own, even where its body is there already; and each part of a stream is a message, a coroutine and
+a turn of a task. Those are a tenth of what a request costs, each, and half of what a part does.
+
+uvicorn takes a head of any size, and waits for the rest of a request for ever. Here a head is refused when it is too large, and a
+request that does not go on; by one look at all connections in each tick of the server, without a timer for each. Each request has an
+id, and each answer bears it, whoever makes it.
+"""
+
+import asyncio
+import random
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, NamedTuple, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from orchestrator.api import error_body
+from orchestrator.api.routes import is_anthropic
+from orchestrator.errors import BadRequest, OrchestratorError
+
+CLIENT = "orchestrator.client"  # the extension of a request's scope that holds its Client
+IDS = "orchestrator.ids"  # … and the one that holds its Ids
+KEEP_ALIVE_S = 75  # longer than the 60 s of common load balancers, or their POSTs would meet closed connections
+LINGER_S = 2.0  # how long a connection is read from that was refused
+SLOW_S = 60.0  # how long a head may take from its first byte, and a body between two of its parts
+MOST_HEADERS = 100  # SDKs send 20; the WebSocket parser takes 128
+HEAD_BYTES = 64 << 10
+LINE_BYTES = 8190  # of one header of a WebSocket's handshake: its parser takes no more
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,200}")
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, version 00
+OURS = frozenset({b"expect", b"x-request-id", b"traceparent"})
+
+
+class Ids(NamedTuple):
+    """Of one request. `traced`: the trace is the client's own."""
+
+    request_id: bytes
+    traceparent: bytes
+    traced: bool
+
+
+def ids(request_id: bytes | None, traceparent: bytes | None) -> Ids:
+    """What a client gave, where it can be used, else made here: a trace that begins here has the request's id."""
+    number = random.getrandbits(192)
+    made = b"%032x" % (number >> 64)
+    known = request_id is not None and REQUEST_ID.fullmatch(request_id)
+    traced = traceparent is not None and TRACEPARENT.fullmatch(traceparent) is not None
+    trace = traceparent if traced else b"00-%b-%016x-01" % (made, number & 0xFFFFFFFFFFFFFFFF)
+    return Ids(request_id if known else made, cast(bytes, trace), traced)  # type: ignore[arg-type]
+
+
+class Client:
+    """The other end of a connection, whose requests are served one after the other; to uvicorn it is the transport.
+
+    `on_leaving` is called when it disconnects, `on_full` when it takes no more for now, `on_drained` when it does again.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.has_left = self.is_full = False
+        self.on_leaving: Callable[[], object] | None = None
+        self.on_full: Callable[[], object] | None = None
+        self.on_drained: Callable[[], object] | None = None
+        self.write: Callable[[bytes], None] = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def join_next_writes(self) -> None:
+        """The next write waits for the one after it: both leave in one system call."""
+
+        def first(head: bytes) -> None:
+            def second(body: bytes) -> None:
+                self.write = self._transport.write
+                self._transport.writelines((head, body))
+
+            self.write = second
+
+        self.write = first
+
+    def write_chunk(self, data: bytes) -> None:
+        """A part of an answer in chunks, whose head and end go the way of ASGI: without a message and a coroutine for each part."""
+        if not self.has_left:
+            self.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def left(self) -> None:
+        self.has_left = True
+        if self.on_leaving is not None:
+            self.on_leaving()
+
+    def full(self, is_full: bool) -> None:
+        self.is_full = is_full
+        then = self.on_full if is_full else self.on_drained
+        if then is not None:
+            then()
+
+
+class Connection(HttpToolsProtocol):
+    _client: Client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._client = Client(cast(asyncio.Transport, transport))  # uvloop's are no subclass
+        self._in_head, self._in_body, self._begun, self._is_refused = True, False, False, False
+        self._since = self.loop.time()
+        self._head_bytes, self._is_large = 0, False
+        self._refused: OrchestratorError | None = None
+        super().connection_made(cast(asyncio.Transport, self._client))
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        was_in_head = self._in_head
+        self._is_large = len(data) > HEAD_BYTES
+        super().data_received(data)
+        if self._in_body:
+            self._since = self.loop.time()
+        elif self._in_head and not self._is_refused:
+            # The parser keeps a header to itself until it is whole. Of the first part, some may be the request's before.
+            self._head_bytes += len(data) if was_in_head else 1
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(_head_too_large())
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = self._begun = True
+        self._since = self.loop.time()
+        self._head_bytes = 0
+        self._given_id: bytes | None = None
+        self._given_trace: bytes | None = None
+        self.scope["extensions"] = {CLIENT: self._client}  # type: ignore[dict-item]
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if len(self.headers) >= MOST_HEADERS:
+            self._end_head()
+        if name in OURS:
+            if name == b"x-request-id":
+                self._given_id = value
+            elif name == b"traceparent":
+                self._given_trace = value
+            elif value.lower() == b"100-continue":
+                self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if (self._is_large or self._head_bytes) and len(self.url) + sum(len(k) + len(v) for k, v in self.headers) > HEAD_BYTES:
+            self._end_head()
+        self._in_head, self._in_body = False, True
+        before = self.cycle
+        super().on_headers_complete()
+        cycle = self.cycle
+        if cycle is not before:  # else it becomes a WebSocket
+            made = ids(self._given_id, self._given_trace)
+            self.scope["extensions"][IDS] = made  # type: ignore[assignment]
+            cycle.default_headers = [*cycle.default_headers, (b"x-request-id", made.request_id), (b"traceparent", made.traceparent)]
+            if is_anthropic(self.scope["path"]):
+                cycle.default_headers.append((b"request-id", made.request_id))  # as its SDKs read it
+
+    def on_message_complete(self) -> None:
+        self._in_body = self._begun = False
+        self._since = self.loop.time()
+        super().on_message_complete()
+
+    def _end_head(self) -> None:
+        self._refused = _head_too_large()
+        raise ValueError  # ends the parser; send_400_response follows
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._refused or BadRequest(f"This is not HTTP: {msg}", code="bad_http"))
+
+    def handle_websocket_upgrade(self) -> None:
+        if self.scope["method"] != "GET":
+            self._refuse(BadRequest("A WebSocket begins with a GET.", code="bad_http"))
+        elif max(len(name) + len(value) for name, value in self.headers) > LINE_BYTES or len(self.url) > LINE_BYTES:
+            self._refuse(_head_too_large())
+        else:
+            super().handle_websocket_upgrade()
+
+    def look(self, now: float) -> None:
+        """Once a tick: close it where the rest of a request does not come."""
+        if self._is_refused:
+            if now - self._since > LINGER_S:
+                self.transport.close()
+        elif self._in_body and self.flow.read_paused:
+            self._since = now  # it is we who do not read
+        elif self._in_head or self._in_body:
+            if now - self._since > SLOW_S and self._begun:
+                self._refuse(_too_slow())
+            elif now - self._since > SLOW_S:
+                self.transport.close()
+        elif self.cycle.response_complete and self.timeout_keep_alive_task is None and now - self._since > KEEP_ALIVE_S:
+            self.transport.close()  # blank lines have ended its timeout
+
+    def _refuse(self, error: OrchestratorError) -> None:
+        """Say so, where no answer is under way, and close. What still comes is read for a moment: a connection that is closed on it
+        is reset, and the client would not hear why."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started or not self._in_body:
+                self.transport.close()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unset_keepalive_if_required()
+        self._is_refused, self._since = True, self.loop.time()
+        self.flow.resume_reading()
+        self.transport.write(_whole(error, self.server_state.default_headers))
+        self.transport.write_eof()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._client.full(True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._client.full(False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._client.left()
+
+
+def _whole(error: OrchestratorError, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """An answer, of a connection that is closed after it."""
+    body = error_body.body(error)
+    given = [(name.encode(), value.encode()) for name, value in error_body.headers(error).items()]
+    ours = [(b"x-request-id", ids(None, None).request_id), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    lines = [b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode())]
+    lines += [b"%b: %b" % pair for pair in (*headers, *given, *ours)]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def _head_too_large() -> BadRequest:
+    error = BadRequest(
+        f"The head of the request is too large: at most {MOST_HEADERS} headers and {HEAD_BYTES} bytes.", code="head_too_large"
+    )
+    error.status = 431
+    return error
+
+
+def _too_slow() -> BadRequest:
+    error = BadRequest(f"The rest of the request did not come within {SLOW_S:.0f} s.", code="request_too_slow")
+    error.status = 408
+    return error
