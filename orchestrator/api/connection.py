@@ -12,6 +12,7 @@ id, and each answer bears it, whoever makes it.
 import asyncio
 import random
 import re
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple, cast
@@ -32,6 +33,7 @@ HEAD_BYTES = 64 << 10
 LINE_BYTES = 8190  # of one header of a WebSocket's handshake: its parser takes no more
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,200}")
 TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, version 00
+OFFER = frozenset({b"upgrade", b"http2-settings"})
 OURS = frozenset({b"expect", b"x-request-id", b"traceparent"})
 
 
@@ -106,7 +108,7 @@ class Connection(HttpToolsProtocol):
         self._client = Client(cast(asyncio.Transport, transport))  # uvloop's are no subclass
         self._in_head, self._in_body, self._begun, self._is_refused = True, False, False, False
         self._since = self.loop.time()
-        self._head_bytes, self._is_large = 0, False
+        self._head_bytes, self._is_large, self._is_offer, self._data = 0, False, False, b""
         self._refused: OrchestratorError | None = None
         super().connection_made(cast(asyncio.Transport, self._client))
 
@@ -114,8 +116,9 @@ class Connection(HttpToolsProtocol):
         if self._is_refused:
             return
         was_in_head = self._in_head
-        self._is_large = len(data) > HEAD_BYTES
+        self._is_large, self._data = len(data) > HEAD_BYTES, data
         super().data_received(data)
+        self._data = b""
         if self._in_body:
             self._since = self.loop.time()
         elif self._in_head and not self._is_refused:
@@ -149,6 +152,10 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if (self._is_large or self._head_bytes) and len(self.url) + sum(len(k) + len(v) for k, v in self.headers) > HEAD_BYTES:
             self._end_head()
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT" and not self._should_upgrade():
+            self._is_offer = True
+            self.scope["method"] = self.parser.get_method().decode()
+            return
         self._in_head, self._in_body = False, True
         before = self.cycle
         super().on_headers_complete()
@@ -161,6 +168,8 @@ class Connection(HttpToolsProtocol):
                 cycle.default_headers.append((b"request-id", made.request_id))  # as its SDKs read it
 
     def on_message_complete(self) -> None:
+        if self._is_offer:
+            return
         self._in_body = self._begun = False
         self._since = self.loop.time()
         super().on_message_complete()
@@ -171,6 +180,18 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._refused or BadRequest(f"This is not HTTP: {msg}", code="bad_http"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An offer of HTTP/2, as Java's client makes with its first request. The parser has ended with its head: begin anew, without it."""
+        ended = sys.exc_info()[1]
+        if not self._is_offer or ended is None:
+            return
+        self._is_offer = False
+        kept = [(name, _without_offer(value) if name == b"connection" else value) for name, value in self.headers if name not in OFFER]
+        lines = [b"%b %b HTTP/1.1" % (self.scope["method"].encode(), self.url), *(b"%b: %b" % pair for pair in kept)]
+        rest = self._data[ended.args[0] :]
+        self.parser = type(self.parser)(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def handle_websocket_upgrade(self) -> None:
         if self.scope["method"] != "GET":
@@ -222,6 +243,10 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._client.left()
+
+
+def _without_offer(connection: bytes) -> bytes:
+    return b", ".join(word.strip() for word in connection.split(b",") if word.strip().lower() not in OFFER)
 
 
 def _whole(error: OrchestratorError, headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -305,3 +305,21 @@ async def test_interim_answers_are_passed_over(folder: Path) -> None:
         await exchange.answer(200, b"{}")
         answer = await client.answer()
         assert (answer.status, answer.header(b"link")) == (200, None)
+
+
+async def test_a_client_that_offers_http2_is_answered_in_http1(folder: Path) -> None:
+    """Java's does, in its first request."""
+    offer = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"]
+    async with house(folder, QWEN) as at, at.client() as client:
+        for headers, size in ((offer, 1 << 20), ([], 5), (offer, 5)):
+            head = [f"POST {CHAT} HTTP/1.1", "Host: h", f"Content-Length: {len(BODY)}", *headers, "", ""]
+            raw = "\r\n".join(head).encode() + BODY
+            for start in range(0, len(raw), size):
+                await client.send(raw[start : start + size])
+                await asyncio.sleep(0)
+            exchange = await at.upstream.request()
+            assert exchange.body == BODY
+            assert not exchange.header(b"upgrade") + exchange.header(b"http2-settings")
+            assert at.upstream.connections == 1
+            await exchange.answer(200, b"{}")
+            assert (await client.answer()).status == 200
