@@ -202,11 +202,12 @@ def _plot(figures: dict[str, float], arms: list[str], path: Path) -> None:
         colours = ["#3b6fb6" if name == "ours" else "#b9c3cf" for name in shown]
         bars = axis.barh([name.replace("_", " ") for name in shown], values, color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=3)
-        axis.set_xscale("log")
+        if max(values) > 20 * min(values):
+            axis.set_xscale("log")
+            axis.set_xlim(min(values) / 3, max(values) * 3)
         axis.set_title(title, fontsize=10)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlim(right=max(values) * 2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
