@@ -155,11 +155,12 @@ class Registry:
             overrides = {k: v for k, v in {**self._known[name].overrides, **changes}.items() if v is not None}
             spec = _overridden(self._bases[name], overrides)
             self._refuse_taken(spec, but=name)
-            footprint = self._footprint(spec)
+            footprint = self._footprint_after(name, spec)
             if problems := _ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
                 raise SpecError(problems)
             await self._store.set_overrides(name, overrides)
-            self._put(replace(self._known[name], spec=spec, footprint=self._footprint(spec), overrides=overrides))  # as learned meanwhile
+            footprint = self._footprint_after(name, spec)  # with what was learned meanwhile
+            self._put(replace(self._known[name], spec=spec, footprint=footprint, overrides=overrides))
 
     async def pin(self, name: str, pinned: bool, gpus: Sequence[GpuReading]) -> None:
         """Also for later runs; nothing is kept where its spec says the same."""
@@ -218,6 +219,11 @@ class Registry:
         args = (*self._args.get(spec.engine, ()), *spec.args)  # as it is started: its own come later, and so win
         estimated = estimate(spec.model_copy(update={"args": args}), self._sources.shape(spec))
         return estimated.learned(self._learned.get(self._key(spec.footprint_key(), spec.engine), {}))
+
+    def _footprint_after(self, name: str, spec: ModelSpec) -> Footprint:
+        """When `name` has this spec. Its folder is read again only where that may say something else."""
+        known = self._known[name]
+        return known.footprint if spec.footprint_key() == known.spec.footprint_key() else self._footprint(spec)
 
     def _refuse_taken(self, spec: ModelSpec, but: str | None = None) -> None:
         """`but`: the model that has this spec."""
