@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from orchestrator.api import form
 from orchestrator.api.routes import RESPONSES, Model, Route
-from orchestrator.control.keys import Caller
+from orchestrator.control.keys import Caller, Keys, is_here
 from orchestrator.control.traffic import TELL_S, Ask, Asker
 from orchestrator.errors import BadRequest
 
@@ -88,10 +88,15 @@ def asker_of(headers: Mapping[bytes, bytes], caller: Caller, progress: bool = Fa
     return Asker(caller.client, caller.urgency(_priority(headers)), _patience_s(headers, progress), caller.weight)
 
 
+def caller_of(keys: Keys, scope: Scope, headers: Mapping[bytes, bytes]) -> Caller:
+    """Raises Unauthorized."""
+    return keys.caller(headers, address_of(scope, headers))
+
+
 def address_of(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
     """Whence it comes; where that is this machine, whence a proxy here says that it comes. "" of a unix socket."""
     address: str = (scope.get("client") or ("",))[0]
-    if (not address or address == "::1" or address.startswith("127.")) and (named := headers.get(b"x-forwarded-for")):
+    if is_here(address) and (named := headers.get(b"x-forwarded-for")):
         return named.rpartition(b",")[2].strip().decode("latin-1")
     return address
 

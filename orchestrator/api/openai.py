@@ -26,8 +26,7 @@ def models_router(registry: Registry, reconciler: Reconciler, started_at: Callab
     router = APIRouter()
 
     def caller_of(request: Request) -> Caller:
-        headers = dict(request.scope["headers"])
-        return keys.caller(headers, asking.address_of(request.scope, headers))
+        return asking.caller_of(keys, request.scope, dict(request.scope["headers"]))
 
     def one(name: str) -> dict[str, Any]:
         known = registry.get(name)

@@ -45,7 +45,7 @@ class Proxy:
             if routes.is_escaped(scope["raw_path"]):
                 raise routes.missing(scope["method"], scope["path"])
             headers = dict(scope["headers"])
-            caller = self._keys.caller(headers, asking.address_of(scope, headers))
+            caller = asking.caller_of(self._keys, scope, headers)
             body = await _read_body(headers, receive, self._max_body)
             if body is None:
                 return  # the client left
@@ -78,7 +78,7 @@ class Proxy:
                 raise routes.missing(scope["method"], scope["path"])
             path, response_id = found
             headers = dict(scope["headers"])
-            caller = self._keys.caller(headers, asking.address_of(scope, headers))
+            caller = asking.caller_of(self._keys, scope, headers)
             body = await _read_body(headers, receive, self._max_body)
             if body is None:
                 return

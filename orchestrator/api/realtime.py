@@ -42,7 +42,7 @@ class Realtime:
         made = ids(headers.get(b"x-request-id"), headers.get(b"traceparent"))
         talk = Talk(receive, send, made, next((one for one in scope["subprotocols"] if not one.startswith(KEY)), None))
         try:
-            caller = self._keys.caller(headers, asking.address_of(scope, headers))
+            caller = asking.caller_of(self._keys, scope, headers)
             asker = asking.asker_of(headers, caller)
             name = parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[-1]
             heard, greeted = Heard(), not name

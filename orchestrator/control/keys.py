@@ -130,6 +130,11 @@ class Account(Caller):
         )
 
 
+def is_here(address: str) -> bool:
+    """Of this machine: what all its processes have in common. "" is a unix socket's."""
+    return not address or address == "::1" or address.startswith("127.")
+
+
 class Keys:
     """`clock`: of what is counted a minute; `wall`: seconds since the epoch, of expiry, days and months.
 
@@ -155,7 +160,7 @@ class Keys:
                 "This needs a valid API key, as `Authorization: Bearer <key>` or `x-api-key: <key>`: ask who runs this service."
             )
         credentials = headers.get(b"authorization")
-        if credentials and (not address or address == "::1" or address.startswith("127.")):
+        if credentials and is_here(address):
             return Caller(f"key {hash(credentials):x}")  # salted anew in each run: of the secret itself nothing is kept
         return Caller(address)
 
