@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import grabs, plots, results, throughput, wedge
+from bench import grabs, parts, plots, results, throughput, wedge
 from bench.box import Box
 from bench.demo import QWEN, SHAPES
 from bench.folders import of_shape, of_unknown_length
@@ -75,14 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu-budgets", description=__doc__)
-    parser.add_argument("--engine-python", type=Path, help="python of the engine venv; not needed with --simulated")
-    parser.add_argument(
-        "--model", nargs=2, action="append", metavar=("NAME", "FOLDER"), help="three times; the first is the one that is measured alone"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order (default: %(default)s)")
-    parser.add_argument("--limit-s", type=float, default=480.0, help="the whole run; parts that no longer fit are left out")
+    parser = parts.parser("gpu-budgets", __doc__, PARTS, 480.0, "three times; the first is the one that is measured alone")
     parser.add_argument("--grabs", type=int, default=20)
     parser.add_argument("--grab-gib", type=float, default=20.0)
     parser.add_argument("--base-gib", type=float, default=0.0, help="held by the foreign process all the time, so that the card is small")
@@ -97,20 +90,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=512, help="of one round of the throughput part")
     parser.add_argument("--together", type=int, default=64, help="of these at once")
     parser.add_argument("--wedge-tokens", type=int, default=24000, help="prompt of the request that must wait: more than two bundles hold")
-    parser.add_argument("--simulated", action="store_true", help="on a simulated GPU: tries the code, measures nothing")
-    options = parser.parse_args(argv)
-    options.engine_env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    options.parts = [part for part in options.parts.split(",") if part]
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"--parts: {', '.join(unknown)} is not one of {', '.join(PARTS)}")
-    if options.simulated and options.out and options.out.resolve() == results.RESULTS:
-        parser.error("--out: results of a simulated run are not kept in bench/results")
-    if not options.simulated:
-        if options.engine_python is None or not options.model:
-            parser.error("--engine-python and --model are needed (or --simulated)")
-        if not options.engine_python.exists():
-            parser.error(f"--engine-python: there is no {options.engine_python}")
-    return options
+    return parts.parsed(parser, argv, PARTS, None, "--engine-python and --model are needed (or --simulated)")
 
 
 def _run(options: argparse.Namespace, command: str) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import churn, cold, leftovers, results, wakes
+from bench import churn, cold, leftovers, parts, results, wakes
 from bench.demo import QWEN, SHAPES
 from bench.folders import of_shape
 from bench.rig import NAME, Rig
@@ -45,15 +45,8 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m bench {NAME}", description=__doc__)
-    parser.add_argument("--engine-python", type=Path, help="python of the engine venv; not needed with --simulated")
-    parser.add_argument(
-        "--model", nargs=2, action="append", metavar=("NAME", "FOLDER"), help="three times, the smallest first: 0.5B, 1.5B, 7B"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order (default: %(default)s)")
+    parser = parts.parser(NAME, __doc__, PARTS, 560.0, "three times, the smallest first: 0.5B, 1.5B, 7B")
     parser.add_argument("--add-to", type=Path, help="results of a run of other parts, which this one completes: they stay, and are said")
-    parser.add_argument("--limit-s", type=float, default=560.0, help="the whole run; parts that no longer fit are left out")
     parser.add_argument("--cold-s", type=float, default=120.0, help="for the part cold")
     parser.add_argument("--wake-s", type=float, default=110.0, help="for the part wake")
     parser.add_argument("--churn-s", type=float, default=300.0, help="of random traffic; less where the limit leaves less")
@@ -61,20 +54,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--min-residency-s", type=float, default=10.0, help="of each of its models; the daemon's default is 30")
     parser.add_argument("--ballast-gib", type=float, help="that somebody else holds meanwhile (default: so much that five models fit)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--simulated", action="store_true", help="on a simulated GPU: tries the code, measures nothing")
-    options = parser.parse_args(argv)
-    options.engine_env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    options.parts = [part for part in options.parts.split(",") if part]
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"--parts: {', '.join(unknown)} is not one of {', '.join(PARTS)}")
-    if options.simulated and options.out and options.out.resolve() == results.RESULTS:
-        parser.error("--out: results of a simulated run are not kept in bench/results")
-    if not options.simulated:
-        if options.engine_python is None or len(options.model or ()) != 3:
-            parser.error("--engine-python and three times --model are needed (or --simulated)")
-        if not options.engine_python.exists():
-            parser.error(f"--engine-python: there is no {options.engine_python}")
-    return options
+    return parts.parsed(parser, argv, PARTS, 3, "--engine-python and three times --model are needed (or --simulated)")
 
 
 def _run(options: argparse.Namespace, command: str) -> int:

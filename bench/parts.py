@@ -1,0 +1,39 @@
+"""What the GPU benches of several parts take on their command line alike, and what is wrong with it whichever it is."""
+
+import argparse
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from bench import results
+
+
+def parser(name: str, about: str | None, parts: Collection[str], limit_s: float, models: str) -> argparse.ArgumentParser:
+    """`models`: what its --model options are for."""
+    made = argparse.ArgumentParser(prog=f"python -m bench {name}", description=about)
+    made.add_argument("--engine-python", type=Path, help="python of the engine venv; not needed with --simulated")
+    made.add_argument("--model", nargs=2, action="append", metavar=("NAME", "FOLDER"), help=models)
+    made.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
+    made.add_argument("--parts", default=",".join(parts), help="which, in this order (default: %(default)s)")
+    made.add_argument("--limit-s", type=float, default=limit_s, help="the whole run; parts that no longer fit are left out")
+    made.add_argument("--simulated", action="store_true", help="on a simulated GPU: tries the code, measures nothing")
+    return made
+
+
+def parsed(
+    made: argparse.ArgumentParser, argv: Sequence[str], parts: Collection[str], models: int | None, wanted: str
+) -> argparse.Namespace:
+    """`models`: how many it needs; None: one or more. `wanted`: what is said where they, or the engine's python, are missing."""
+    options = made.parse_args(argv)
+    options.engine_env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    options.parts = [part for part in options.parts.split(",") if part]
+    if unknown := [part for part in options.parts if part not in parts]:
+        made.error(f"--parts: {', '.join(unknown)} is not one of {', '.join(parts)}")
+    if options.simulated and options.out and options.out.resolve() == results.RESULTS:
+        made.error("--out: results of a simulated run are not kept in bench/results")
+    if not options.simulated:
+        given = len(options.model or ())
+        if options.engine_python is None or given == 0 or (models is not None and given != models):
+            made.error(wanted)
+        if not options.engine_python.exists():
+            made.error(f"--engine-python: there is no {options.engine_python}")
+    return options
