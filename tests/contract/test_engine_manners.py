@@ -3,6 +3,8 @@
 Every manner here is one that the daemon relies on or guards against. The real engine is asked on a GPU box:
 
     ENGINE_PYTHON=/opt/orchestrator/engine/bin/python ENGINE_MODEL=/models/qwen-0.5b pytest -m gpu tests/contract/test_engine_manners.py
+
+and over two GPUs too, with ENGINE_GPUS=2.
 """
 
 import asyncio
@@ -39,7 +41,7 @@ SHAPE = {
     "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
     "tie_word_embeddings": True,
 }  # fmt: skip
-LONG_PROMPT = "a " * 12_000  # 24,000 tokens: three pages of 8192 tokens
+LONG_PROMPT = "a " * 12_000  # 24,000 tokens: three pages of 8192 tokens; two of 16384 over two GPUs, where each has one of the two KV heads
 
 
 class _Connection(http.client.HTTPConnection):
@@ -63,6 +65,11 @@ class Engine:
     child: processes.Child
     gpus: Callable[[], list[GpuReading]]
     patience_s: float
+
+    @property
+    def scarce_bytes(self) -> int:
+        """A limit that LONG_PROMPT does not fit into: the null block has one page already."""
+        return 2 * BUNDLE // len(self.launch.gpus)
 
     @property
     def socket(self) -> str:
@@ -133,13 +140,18 @@ class Engine:
         kvcached.remove(self.launch.ipc_name)
 
 
+# Where a box forbids NVLink multicast, engines must be told too.
+AS_HERE = {key: value for key, value in os.environ.items() if key.startswith(("TORCH_SYMM_MEM_", "NVSHMEM_", "VLLM_ALLREDUCE_"))}
 NO_VENV = pytest.mark.skipif("ENGINE_PYTHON" not in os.environ, reason="no engine venv: set ENGINE_PYTHON and ENGINE_MODEL")
-# kind, and whether it is forked from a launch server: nothing else may tell the two from each other
+TWO_GPUS = pytest.mark.skipif(os.environ.get("ENGINE_GPUS", "1") == "1", reason="one GPU: ENGINE_GPUS=2 says that there are two")
+# kind, whether it is forked from a launch server, and over how many GPUs it is: nothing else may tell them from each other
 KINDS = [
-    pytest.param(("simulated", False), id="simulated"),
-    pytest.param(("simulated", True), id="simulated-forked"),
-    pytest.param(("vllm", False), id="vllm", marks=[pytest.mark.gpu, NO_VENV]),
-    pytest.param(("vllm", True), id="vllm-forked", marks=[pytest.mark.gpu, NO_VENV]),
+    pytest.param(("simulated", False, 1), id="simulated"),
+    pytest.param(("simulated", True, 1), id="simulated-forked"),
+    pytest.param(("simulated", True, 2), id="simulated-forked-on-two"),
+    pytest.param(("vllm", False, 1), id="vllm", marks=[pytest.mark.gpu, NO_VENV]),
+    pytest.param(("vllm", True, 1), id="vllm-forked", marks=[pytest.mark.gpu, NO_VENV]),
+    pytest.param(("vllm", True, 2), id="vllm-forked-on-two", marks=[pytest.mark.gpu, NO_VENV, TWO_GPUS]),
 ]
 
 
@@ -150,9 +162,9 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
     started: list[Engine] = []
     gpus: Callable[[], list[GpuReading]]
     environ = dict(os.environ)
-    kind, forked = request.param
+    kind, forked, ranks = request.param
     if kind == "simulated":
-        simulated = SimGpus(home / "gpu", 1, 16 * GIB)
+        simulated = SimGpus(home / "gpu", ranks, 16 * GIB)
         environ |= {"SIM_GPU_DIR": str(simulated.folder), "SIM_LOAD_S": "0"}
         venv = vllm.EngineVenv(kind="simulated", python=Path(sys.executable))
         model, gpus = home / "model", lambda: list(simulated.read())
@@ -162,7 +174,7 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
         from orchestrator.drivers.nvml import Nvml
 
         nvml = Nvml()
-        env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **AS_HERE}
         venv = vllm.EngineVenv(python=Path(os.environ["ENGINE_PYTHON"]), env=env, args=["--enforce-eager", "--load-format", "dummy"])
         model, gpus = Path(os.environ["ENGINE_MODEL"]), lambda: list(nvml.read())
     patience_s = 10.0 if kind == "simulated" else 120.0
@@ -171,8 +183,9 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
 
     def start(*args: str, wait: bool = True) -> Engine:
         number = len(started)
-        spec = ModelSpec(name="a-model", source=str(model), args=args)
-        launch = Launch(f"m{number}", f"manners-{os.getpid()}-{number}", spec, (gpus()[0].uuid,), 0, 0, CEILING)
+        spec = ModelSpec(name="a-model", source=str(model), args=args, tensor_parallel_size=ranks)
+        cards = tuple(gpu.uuid for gpu in gpus()[:ranks])
+        launch = Launch(f"m{number}", f"manners-{os.getpid()}-{number}", spec, cards, 0, 0, CEILING)
         folder = home / launch.id
         folder.mkdir()
         # A limit that was written before the start: the engine must be seen to overwrite it.
@@ -259,7 +272,7 @@ def test_raising_a_starved_engines_limit_again_and_again_does_it_no_harm(launche
     engine = launcher()
     for turn in range(6):
         engine.call("POST", "/reset_prefix_cache")
-        _limit(engine, 2 * BUNDLE)
+        _limit(engine, engine.scarce_bytes)
         answers: list[Any] = []
         asking = threading.Thread(target=_ask_into, args=(engine, answers, f"{turn} {LONG_PROMPT}"[: len(LONG_PROMPT)]))
         asking.start()
@@ -276,7 +289,7 @@ def test_a_limit_above_the_start_up_total_is_clamped_by_rpc(engine: Engine) -> N
 
 
 def test_a_starved_engine_stays_stuck_when_the_segment_alone_is_raised_and_the_rpc_cures_it(engine: Engine) -> None:
-    assert _limit(engine, 2 * BUNDLE)["status"] == "applied"
+    assert _limit(engine, engine.scarce_bytes)["status"] == "applied"
     answers: list[Any] = []
     asking = threading.Thread(target=_ask_into, args=(engine, answers, LONG_PROMPT))
     asking.start()

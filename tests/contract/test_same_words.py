@@ -21,6 +21,7 @@ from orchestrator.drivers.vllm import EngineApi, EngineVenv
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.model import ModelSpec
 from tests.api.rawclient import Client
+from tests.contract.test_engine_manners import AS_HERE, TWO_GPUS
 
 START_S = 120.0
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["ann", "bob"]}, "n": {"enum": [1, 2]}}, "required": ["name", "n"]}
@@ -47,22 +48,23 @@ pytestmark = [
 ]
 
 
-def test_answers_are_the_same_however_an_engine_was_started(tmp_path: Path) -> None:
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    plain = asyncio.run(answers(tmp_path / "plain", env | {"ENGINE_PLAIN_START": "1"}, forked=False))
-    assert asyncio.run(answers(tmp_path / "executed", env, forked=False)) == plain
-    assert asyncio.run(answers(tmp_path / "forked", env, forked=True)) == plain
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=TWO_GPUS)])
+def test_answers_are_the_same_however_an_engine_was_started(tmp_path: Path, ranks: int) -> None:
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **AS_HERE}
+    plain = asyncio.run(answers(tmp_path / "plain", env | {"ENGINE_PLAIN_START": "1"}, ranks, forked=False))
+    assert asyncio.run(answers(tmp_path / "executed", env, ranks, forked=False)) == plain
+    assert asyncio.run(answers(tmp_path / "forked", env, ranks, forked=True)) == plain
     assert plain["json"][0]["message"]["content"].lstrip().startswith("{")  # random weights may go on with spaces for ever
 
 
-async def answers(folder: Path, env: dict[str, str], forked: bool) -> dict[str, Any]:
+async def answers(folder: Path, env: dict[str, str], ranks: int, forked: bool) -> dict[str, Any]:
     await asyncio.to_thread(folder.mkdir)
     processes.adopt_orphans()
     args = ["--enforce-eager", "--load-format", "dummy"]
     venv = EngineVenv(python=Path(os.environ["ENGINE_PYTHON"]), env=env, args=args, launch_server=forked)
-    gpu = Nvml().read()[0].uuid
-    spec = ModelSpec(name="m", source=os.environ["ENGINE_MODEL"])
-    launch = Launch(folder.name, f"words-{os.getpid()}-{folder.name}", spec, (gpu,), 0, 0, 8 << 30)
+    gpus = tuple(gpu.uuid for gpu in Nvml().read()[:ranks])
+    spec = ModelSpec(name="m", source=os.environ["ENGINE_MODEL"], tensor_parallel_size=ranks)
+    launch = Launch(folder.name, f"words-{os.getpid()}-{folder.name}", spec, gpus, 0, 0, 8 << 30)
     servers = LaunchServers({"default": venv}, folder)
     argv, environment = vllm.command(launch, venv, folder / "s"), vllm.environment(launch, venv, folder, os.environ)
     if forked:

@@ -62,7 +62,8 @@ class CoreCalls:
         if self._loaded.args.enable_sleep_mode:
             freed = self._loaded.sleeping_bytes + self._kv_empty_cache()["freed_bytes"]
             self._loaded.gpus.give(self._loaded.sleeping_bytes)
-            self._host_bytes = self._loaded.sleeping_bytes if level == 1 else self._host_bytes
+            if level == 1:
+                self._host_bytes = self._loaded.sleeping_bytes * self._loaded.args.tensor_parallel_size  # each worker pins its own
             if "sleep_500" in self.faults:
                 self.weights_lost = True
                 raise AssertionError("Memory usage increased after sleeping.")
