@@ -161,12 +161,23 @@ def writing_to(log: Path) -> Process | None:
 
 
 def signal_session(process: Process, number: signal.Signals) -> int:
-    """Send to every member; returns how many there were."""
+    """Send to every member; returns how many there were.
+
+    SIGKILL spares Python's resource trackers until nobody else is left: one ends by itself when the last process that it serves is
+    dead, and removes what those left in /dev/shm (vLLM's queues to its workers, which nobody else could know).
+    """
     found = members(process)
-    for pid in found:
+    spared = {pid for pid in found if _tracks_resources(pid)} if number is signal.SIGKILL else set()
+    for pid in found - spared or found:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
     return len(found)
+
+
+def _tracks_resources(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def memory(pid: int) -> tuple[int, int] | None:

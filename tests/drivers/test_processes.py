@@ -5,6 +5,7 @@ import contextlib
 import os
 import pwd
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,33 @@ def test_a_session_of_its_own_whose_output_goes_to_a_file(spawn: Spawn, tmp_path
     assert child.poll() is None
     assert Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() == str(processes.ENGINE_OOM_SCORE)
     assert set(psutil.Process(process.pid).environ()) - {"PWD", "OLDPWD", "_", "SHLVL"} == {"PATH"}  # nothing is inherited unasked
+
+
+def test_a_killed_session_leaves_no_shared_memory_of_pythons(spawn: Spawn, tmp_path: Path) -> None:
+    """vLLM's queues to the workers of tensor parallelism: they are removed by the resource tracker, which must outlive the others."""
+    program = tmp_path / "engine.py"
+    program.write_text(
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "import signal\n"
+        "made = SharedMemory(create=True, size=4096)\n"
+        "print(made.name, flush=True)\n"
+        "signal.pause()\n"
+    )
+    process, child = spawn(f"exec {sys.executable} {program}")
+    log = tmp_path / "out.log"
+    eventually_now(lambda: log.read_text().endswith("\n"), "the segment is there")
+    segment = Path("/dev/shm", log.read_text().strip())
+    assert segment.exists()
+    processes.signal_session(process, signal.SIGKILL)
+    child.wait()
+    eventually_now(lambda: not processes.members(process), "the tracker ended by itself")
+    assert not segment.exists()
+
+
+def test_a_tracker_that_is_left_alone_is_killed_too(spawn: Spawn) -> None:
+    process, child = spawn(f"exec {sys.executable} -c 'import signal; \"multiprocessing.resource_tracker\"; signal.pause()'")
+    processes.signal_session(process, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
 
 
 def test_a_log_is_continued_not_overwritten(spawn: Spawn, tmp_path: Path) -> None:
