@@ -30,7 +30,7 @@ def act(actions: tuple[Action, ...], engines: Engines, registry: Registry, spawn
                 log.debug("%s: gives back what it can do without: %s", action.model, action.reason)
                 engines.trim(launch_id)
             case Repair(launch_id=launch_id):
-                log.warning("%s: %s: it is made anew", action.model, action.reason)
+                log.debug("%s: %s", action.model, action.reason)
                 engines.repair(launch_id)
             case Learn():
                 spawn(registry.learn(action))

@@ -19,7 +19,7 @@ from orchestrator.policy.snapshot import Segment
 
 log = logging.getLogger(__name__)
 
-RETRY_RPC_S = 1.0
+RETRY_S = 1.0
 SETTLE_S = 0.02  # kvcached's watcher sees the segment every 0.1 s; a limit is not applied before
 
 
@@ -48,7 +48,7 @@ async def _until_applied(run: Run, kvctl: Path | None) -> None:
             answer = await run.api.rpc("kv_limit", wanted, time.monotonic_ns())  # counts from boot: never back
         except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
             log.warning("%s: the engine did not take its limit: %s", run.model, error)
-            await asyncio.sleep(RETRY_RPC_S)
+            await asyncio.sleep(RETRY_S)
             continue
         if answer.get("settled") is False:
             await asyncio.sleep(SETTLE_S)
@@ -56,7 +56,7 @@ async def _until_applied(run: Run, kvctl: Path | None) -> None:
             run.acked_limit = wanted
         else:
             log.warning("%s: limit %d: the engine answered %s %s", run.model, wanted, answer.get("status"), answer.get("reason"))
-            await asyncio.sleep(RETRY_RPC_S)
+            await asyncio.sleep(RETRY_S)
     run.notify()
 
 
@@ -148,6 +148,7 @@ async def _repair(run: Run) -> None:
     status = await run.api.rpc("kv_status")
     limit, used, mapped = (run.wanted_limit or int(status["limit_bytes"])), int(status["used_bytes"]), int(status["mapped_bytes"])
     kvcached.restore(run.launch.ipc_name, Segment(limit, used, mapped - used))
+    log.warning("%s: its segment was gone, or was none any more: it was made anew", run.model)
 
 
 def _aside(run: Run, name: str, work: Callable[[Run], Coroutine[Any, Any, None]]) -> None:
@@ -158,6 +159,7 @@ def _aside(run: Run, name: str, work: Callable[[Run], Coroutine[Any, Any, None]]
             await work(run)
         except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
             log.warning("%s: %s failed: %s: %s", run.model, name, type(error).__name__, error)
+            await asyncio.sleep(RETRY_S)  # an engine that is dying removes its segment first, and was asked fifty times a second
         run.notify()
 
     if run.ready and run.alive and not run.busy(name):
