@@ -15,12 +15,12 @@ import re
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from orchestrator.api import error_body
-from orchestrator.api.routes import is_anthropic
+from orchestrator.api.routes import DIRECT, is_anthropic
 from orchestrator.errors import BadRequest, OrchestratorError
 
 CLIENT = "orchestrator.client"  # the extension of a request's scope that holds its Client
@@ -53,6 +53,12 @@ def ids(request_id: bytes | None, traceparent: bytes | None) -> Ids:
     traced = traceparent is not None and TRACEPARENT.fullmatch(traceparent) is not None
     trace = traceparent if traced else b"00-%b-%016x-01" % (made, number & 0xFFFFFFFFFFFFFFFF)
     return Ids(request_id if known else made, cast(bytes, trace), traced)  # type: ignore[arg-type]
+
+
+class Cycle(Protocol):
+    """Of a request that was taken."""
+
+    def begin(self) -> None: ...
 
 
 class Client:
@@ -102,15 +108,23 @@ class Client:
 
 
 class Connection(HttpToolsProtocol):
-    _client: Client
+    """`direct` is offered each request to a route of DIRECT that came whole in one piece, and says whether it has taken it: then it is
+    the connection's cycle until end_exchange(), or refuse()."""
+
+    peer: Client
+
+    def __init__(self, *given: Any, direct: "Direct | None" = None, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._direct = direct
+        self._held: bytes | None = None  # the body of a request that may be taken
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._client = Client(cast(asyncio.Transport, transport))  # uvloop's are no subclass
+        self.peer = Client(cast(asyncio.Transport, transport))  # uvloop's are no subclass
         self._in_head, self._in_body, self._begun, self._is_refused = True, False, False, False
         self._since = self.loop.time()
         self._head_bytes, self._is_large, self._is_offer, self._data = 0, False, False, b""
         self._refused: OrchestratorError | None = None
-        super().connection_made(cast(asyncio.Transport, self._client))
+        super().connection_made(cast(asyncio.Transport, self.peer))
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -119,6 +133,8 @@ class Connection(HttpToolsProtocol):
         self._is_large, self._data = len(data) > HEAD_BYTES, data
         super().data_received(data)
         self._data = b""
+        if self._held is not None:
+            self._by_asgi(self._held)  # there is more to come
         if self._in_body:
             self._since = self.loop.time()
         elif self._in_head and not self._is_refused:
@@ -134,7 +150,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._given_id: bytes | None = None
         self._given_trace: bytes | None = None
-        self.scope["extensions"] = {CLIENT: self._client}  # type: ignore[dict-item]
+        self.scope["extensions"] = {CLIENT: self.peer}  # type: ignore[dict-item]
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -157,22 +173,78 @@ class Connection(HttpToolsProtocol):
             self.scope["method"] = self.parser.get_method().decode()
             return
         self._in_head, self._in_body = False, True
+        if self._direct is not None and self.url in DIRECT and self._may_be_direct():
+            self._held = b""
+        else:
+            self._begin_cycle()
+
+    def _may_be_direct(self) -> bool:
+        parser, free = self.parser, self.cycle is None or self.cycle.response_complete
+        return (
+            free
+            and not self.expect_100_continue
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+        )
+
+    def _begin_cycle(self) -> None:
         before = self.cycle
         super().on_headers_complete()
         cycle = self.cycle
         if cycle is not before:  # else it becomes a WebSocket
-            made = ids(self._given_id, self._given_trace)
+            made = self.ids()
             self.scope["extensions"][IDS] = made  # type: ignore[assignment]
             cycle.default_headers = [*cycle.default_headers, (b"x-request-id", made.request_id), (b"traceparent", made.traceparent)]
             if is_anthropic(self.scope["path"]):
                 cycle.default_headers.append((b"request-id", made.request_id))  # as its SDKs read it
+
+    def ids(self) -> Ids:
+        return ids(self._given_id, self._given_trace)
+
+    def on_body(self, body: bytes) -> None:
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._held = self._held + body if self._held else body
 
     def on_message_complete(self) -> None:
         if self._is_offer:
             return
         self._in_body = self._begun = False
         self._since = self.loop.time()
+        if (body := self._held) is not None:
+            self._held = None
+            assert self._direct is not None
+            if (exchange := self._direct(self, body)) is not None:
+                self.cycle = exchange  # type: ignore[assignment]  # all of it that uvicorn asks for
+                exchange.begin()
+                return
+            self._by_asgi(body)
         super().on_message_complete()
+
+    def _by_asgi(self, body: bytes) -> None:
+        """With what of the request has come, as if it had never been held."""
+        self._held = None
+        self._begin_cycle()
+        if body:
+            super().on_body(body)
+
+    def end_exchange(self, keep_alive: bool) -> None:
+        """What uvicorn does at the end of a cycle, but without a timer for each: look() ends a connection that nobody uses."""
+        self.server_state.total_requests += 1
+        self._since = self.loop.time()
+        if not keep_alive:
+            self.transport.close()
+        elif self.pipeline and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._start_asgi_task(*self.pipeline.pop())
+
+    def refuse(self, error: OrchestratorError, anthropic: bool, given: Ids) -> None:
+        """The answer of an exchange whose engine gave none."""
+        if not self.transport.is_closing():
+            self.transport.write(_whole(error, self.server_state.default_headers, anthropic, given))
+            self.transport.close()
 
     def _end_head(self) -> None:
         self._refused = _head_too_large()
@@ -227,6 +299,7 @@ class Connection(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         self._unset_keepalive_if_required()
+        self._held = None
         self._is_refused, self._since = True, self.loop.time()
         self.flow.resume_reading()
         self.transport.write(_whole(error, self.server_state.default_headers))
@@ -234,28 +307,36 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._client.full(True)
+        self.peer.full(True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._client.full(False)
+        self.peer.full(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._client.left()
+        self.peer.left()
+
+
+Direct = Callable[[Connection, bytes], Cycle | None]
 
 
 def _without_offer(connection: bytes) -> bytes:
     return b", ".join(word.strip() for word in connection.split(b",") if word.strip().lower() not in OFFER)
 
 
-def _whole(error: OrchestratorError, headers: list[tuple[bytes, bytes]]) -> bytes:
+def _whole(error: OrchestratorError, headers: list[tuple[bytes, bytes]], anthropic: bool = False, given: Ids | None = None) -> bytes:
     """An answer, of a connection that is closed after it."""
-    body = error_body.body(error)
-    given = [(name.encode(), value.encode()) for name, value in error_body.headers(error).items()]
-    ours = [(b"x-request-id", ids(None, None).request_id), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    own = given or ids(None, None)
+    body = error_body.body(error, anthropic, own.request_id)
+    says = [(name.encode(), value.encode()) for name, value in error_body.headers(error).items()]
+    ours = [(b"x-request-id", own.request_id), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    if given is not None:
+        ours.append((b"traceparent", own.traceparent))
+    if anthropic:
+        ours.append((b"request-id", own.request_id))
     lines = [b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode())]
-    lines += [b"%b: %b" % pair for pair in (*headers, *given, *ours)]
+    lines += [b"%b: %b" % pair for pair in (*headers, *says, *ours)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 

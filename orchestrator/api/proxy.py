@@ -1,4 +1,4 @@
-"""Requests for a model, on their way to its engine and back: one pure ASGI endpoint, the hot path.
+"""Requests for a model, on their way to its engine and back: directly (exchange.py) where they need not wait, by ASGI otherwise.
 
 The same bytes go on and raw bytes come back; what is read of them is in asking.py. A client that leaves cancels its upstream request
 in every phase: queued, before the first byte, mid-stream. However a request ends, its lease comes back.
@@ -7,16 +7,18 @@ in every phase: queued, before the first byte, mid-stream. However a request end
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import cast
 
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
-from orchestrator.api.connection import CLIENT, IDS, Client, Ids
+from orchestrator.api.connection import CLIENT, IDS, Client, Connection, Ids
+from orchestrator.api.exchange import UNBUFFERED, Exchange
 from orchestrator.api.progress import Progress
 from orchestrator.api.responses import Made, Naming, Responses
-from orchestrator.api.routes import RESPONSES, Route
+from orchestrator.api.routes import DIRECT, RESPONSES, Route
 from orchestrator.api.upstream import Upstreams
 from orchestrator.api.usage import Meter, Watch
 from orchestrator.control.keys import Caller, Keys
@@ -30,7 +32,6 @@ DROPPED = OWN_HEADERS | frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host content-length expect"
     b" x-request-id traceparent authorization x-api-key api-key cookie sec-websocket-protocol".split()
 )
-UNBUFFERED = (b"x-accel-buffering", b"no")  # nginx, before us, must not collect a stream
 
 
 class Proxy:
@@ -41,71 +42,94 @@ class Proxy:
         self._responses = Responses()
 
     async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            if routes.is_escaped(scope["raw_path"]):
-                raise routes.missing(scope["method"], scope["path"])
-            headers = dict(scope["headers"])
-            caller = asking.caller_of(self._keys, scope, headers)
-            body = await _read_body(headers, receive, self._max_body)
-            if body is None:
-                return  # the client left
-            wanted = asking.read(route, headers, body, caller)
-            if wanted.previous:
-                model = self._responses.of(wanted.previous, _owner(caller)).model
-            else:
-                model = caller.resolve(self._resolve, wanted.model)
-            caller.enter(model)
-            meter: Meter | None = None
-            try:
-                if caller.metered:
-                    unasked = wanted.streams and route.counts and not wanted.wants_usage
-                    meter, body = Meter(unasked, wanted.streams), usage.asked_for(body) if unasked else body
-                await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
-            finally:
-                caller.leave(model, meter.usage() if meter else None)
-        except OrchestratorError as error:
-            await _send_error(scope, send, error)
-        except Exception:
-            log.exception("a request could not be answered")
-            # Raises where the answer had begun: then the server breaks it off.
-            await _send_error(scope, send, error_body.BUG)
+        await _or_error(scope, send, self._any(route, scope, receive, send))
 
     async def by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
         """To the engine that made that response, also while it sleeps; it needs no lease, and wakes nobody."""
-        try:
-            found = routes.by_id(scope["method"], scope["path"])
-            if found is None or routes.is_escaped(scope["raw_path"]):
-                raise routes.missing(scope["method"], scope["path"])
-            path, response_id = found
-            headers = dict(scope["headers"])
-            caller = asking.caller_of(self._keys, scope, headers)
-            body = await _read_body(headers, receive, self._max_body)
-            if body is None:
-                return
-            made = self._responses.of(response_id, _owner(caller))
-            caller.enter(made.model)
-            try:
-                forward = self._forward(scope, send, path, made.model, made.launch_id, body, Progress(send, made.model), None)
-                await _unless_it_leaves(scope["extensions"][CLIENT], forward)
-            except EngineDied as died:
-                if not isinstance(died.__cause__, FileNotFoundError | ConnectionRefusedError):
-                    raise
-                self._responses.forget(response_id)  # with its engine it is gone
-                raise responses.unknown(response_id) from None
-            finally:
-                caller.leave(made.model, None)
-        except OrchestratorError as error:
-            await _send_error(scope, send, error)
+        await _or_error(scope, send, self._by_id(scope, receive, send))
 
     async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
         """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
+        await _or_error(scope, send, self._straight(scope, receive, send, path, model, launch_id))
+
+    def direct(self, connection: Connection, body: bytes) -> Exchange | None:
+        """The request as one that need not wait, if it need not; the same as __call__ otherwise. None: nothing was done or counted."""
         try:
-            body = await _read_body(dict(scope["headers"]), receive, self._max_body)
-            if body is not None:
-                forward = self._forward(scope, send, path, model, launch_id, body, Progress(send, model), None)
-                await _unless_it_leaves(scope["extensions"][CLIENT], forward)
-        except OrchestratorError as error:
-            await _send_error(scope, send, error)
+            route, headers = DIRECT[connection.url], dict(connection.headers)
+            caller = asking.caller_of(self._keys, cast(Scope, connection.scope), headers)
+            wanted = asking.read(route, headers, body, caller)
+            model = caller.resolve(self._resolve, wanted.model)
+            if wanted.progress or len(body) > self._max_body or not self._traffic.takes(model, wanted.ask):
+                return None
+            caller.enter(model)
+        except OrchestratorError:  # the way of ASGI says it
+            return None
+        except Exception:
+            log.exception("a request could not be read")
+            return None
+        launch_id, give_back = self._traffic.take(model, wanted.ask)
+        meter, asked = None, body
+        if caller.metered:
+            meter, asked = _metered(wanted, body)
+        made = connection.ids()
+        head = _head(b"POST", b"", connection.headers, made, route.path, len(asked), DROPPED)
+
+        def ended() -> None:
+            give_back()
+            caller.leave(model, meter.usage() if meter else None)
+
+        return Exchange(connection, self._upstreams.of(launch_id), model, route, (head, asked), made, meter, ended)
+
+    async def _any(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        if routes.is_escaped(scope["raw_path"]):
+            raise routes.missing(scope["method"], scope["path"])
+        headers = dict(scope["headers"])
+        caller = asking.caller_of(self._keys, scope, headers)
+        body = await _read_body(headers, receive, self._max_body)
+        if body is None:
+            return  # the client left
+        wanted = asking.read(route, headers, body, caller)
+        if wanted.previous:
+            model = self._responses.of(wanted.previous, _owner(caller)).model
+        else:
+            model = caller.resolve(self._resolve, wanted.model)
+        caller.enter(model)
+        meter: Meter | None = None
+        try:
+            if caller.metered:
+                meter, body = _metered(wanted, body)
+            await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
+        finally:
+            caller.leave(model, meter.usage() if meter else None)
+
+    async def _by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = routes.by_id(scope["method"], scope["path"])
+        if found is None or routes.is_escaped(scope["raw_path"]):
+            raise routes.missing(scope["method"], scope["path"])
+        path, response_id = found
+        headers = dict(scope["headers"])
+        caller = asking.caller_of(self._keys, scope, headers)
+        body = await _read_body(headers, receive, self._max_body)
+        if body is None:
+            return
+        made = self._responses.of(response_id, _owner(caller))
+        caller.enter(made.model)
+        try:
+            forward = self._forward(scope, send, path, made.model, made.launch_id, body, Progress(send, made.model), None)
+            await _unless_it_leaves(scope["extensions"][CLIENT], forward)
+        except EngineDied as died:
+            if not isinstance(died.__cause__, FileNotFoundError | ConnectionRefusedError):
+                raise
+            self._responses.forget(response_id)  # with its engine it is gone
+            raise responses.unknown(response_id) from None
+        finally:
+            caller.leave(made.model, None)
+
+    async def _straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
+        body = await _read_body(dict(scope["headers"]), receive, self._max_body)
+        if body is not None:
+            forward = self._forward(scope, send, path, model, launch_id, body, Progress(send, model), None)
+            await _unless_it_leaves(scope["extensions"][CLIENT], forward)
 
     async def _serve(self, scope: Scope, send: Send, model: str, body: bytes, wanted: Asking, caller: Caller, meter: Meter | None) -> None:
         route = wanted.route
@@ -138,7 +162,9 @@ class Proxy:
         started = streaming = False
         client: Client = scope["extensions"][CLIENT]
         try:
-            answer = await self._upstreams.of(launch_id).ask(_head(scope, path, len(body), dropped), body, watch)
+            ids, method = scope["extensions"][IDS], scope["method"].encode()
+            head = _head(method, scope["query_string"], scope["headers"], ids, path, len(body), dropped)
+            answer = await self._upstreams.of(launch_id).ask(head, body, watch)
             try:
                 streaming = answer.content_type.startswith(b"text/event-stream")
                 if progress.begun and not streaming:
@@ -170,21 +196,37 @@ class Proxy:
             # Returning without the last body message makes the server cut the connection: never a silent short success.
 
 
+async def _or_error(scope: Scope, send: Send, work: Awaitable[None]) -> None:
+    try:
+        await work
+    except OrchestratorError as error:
+        await _send_error(scope, send, error)
+    except Exception:
+        log.exception("a request could not be answered")
+        await _send_error(scope, send, error_body.BUG)  # raises where the answer had begun: then the server breaks it off
+
+
 def _owner(caller: Caller) -> str:
     return caller.client if caller.metered else ""
 
 
-def _head(scope: Scope, path: str, length: int, dropped: frozenset[bytes]) -> bytes:
+def _metered(wanted: Asking, body: bytes) -> tuple[Meter, bytes]:
+    """What counts its tokens, and the body with which the engine tells them."""
+    unasked = wanted.streams and wanted.route.counts and not wanted.wants_usage
+    return Meter(unasked, wanted.streams), usage.asked_for(body) if unasked else body
+
+
+def _head(
+    method: bytes, query: bytes, given: Sequence[tuple[bytes, bytes]], ids: Ids, path: str, length: int, dropped: frozenset[bytes]
+) -> bytes:
     """The table's path, and the client's headers less those of its hop: also the ones that its Connection header names."""
-    ids: Ids = scope["extensions"][IDS]
-    parts: list[bytes] = [scope["method"].encode(), b" ", path.encode()]
-    if scope["query_string"]:
-        parts += b"?", scope["query_string"]
+    parts: list[bytes] = [method, b" ", path.encode()]
+    if query:
+        parts += b"?", query
     parts.append(
         b" HTTP/1.1\r\nhost: engine\r\ncontent-length: %d\r\nx-request-id: %b\r\ntraceparent: %b\r\n"
         % (length, ids.request_id, ids.traceparent)
     )
-    given = scope["headers"]
     named = {name.strip().lower() for key, value in given if key == b"connection" for name in value.split(b",")}
     if not ids.traced:
         named.add(b"tracestate")

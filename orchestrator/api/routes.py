@@ -66,6 +66,8 @@ TABLE = (
     Route("WS", "/v1/realtime", Model.TALK),
 )
 RESPONSES = next(route for route in TABLE if route.path == "/v1/responses")
+# By what a client writes: where nothing has to be known of an answer but what it used.
+DIRECT = {route.path.encode(): route for route in TABLE if route.model is Model.BODY and route is not RESPONSES}
 
 
 def is_anthropic(path: str) -> bool:

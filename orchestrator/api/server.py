@@ -3,22 +3,25 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 
-from orchestrator.api.connection import KEEP_ALIVE_S, Connection
+from orchestrator.api.connection import KEEP_ALIVE_S, Connection, Direct
 
 STOP_S = 3  # open streams of the admin API are cut after this
 TICK_S = 1.0  # how often the Date header is made anew, and connections are looked at
 
 
 class Server(uvicorn.Server):
-    def __init__(self, app: object, access_log: bool) -> None:
+    """`direct`: see Connection; not with an access log, which uvicorn's own cycles write."""
+
+    def __init__(self, app: object, access_log: bool, direct: Direct | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
                 loop="uvloop",
-                http=Connection,
+                http=partial(Connection, direct=None if access_log else direct),  # type: ignore[arg-type]
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,  # a small frame may not become a large one here
                 lifespan="off",

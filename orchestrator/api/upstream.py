@@ -32,13 +32,15 @@ class Broken(ConnectionError):
 
 
 class Answer(asyncio.Protocol):
-    """A connection, and the answer that it carries now: `status`, `headers` (lower case, without those of the hop), read() to the end."""
+    """A connection, and the answer that it carries now: `status`, `headers` (lower case, without those of the hop), read() to the end.
+
+    `begun`: something of it has come. `over`: all of it has. `broke`: why there will be no more; None: nothing is wrong."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: "Upstream") -> None:
         self._loop, self._pool = loop, pool
         self._parser = HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
-        self._lost: str | None = None
+        self.broke: str | None = None
         self._paused = False
         self.idle_since = 0.0
         self._begin()
@@ -47,39 +49,58 @@ class Answer(asyncio.Protocol):
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.content_type = b""
+        self.has_length = False
         self._watch: Watch | None = None
         self._client: Client | None = None
+        self._on_news: Callable[[], None] | None = None
         self._chunks: list[bytes] = []
         self._held = 0
-        self._begun = self._has_head = self._over = self._keeps = False
+        self.begun = self.has_head = self.over = self._keeps = False
 
     # ---- its user ----
 
-    def send(self, head: bytes, body: bytes, watch: Watch | None) -> None:
+    def send(self, head: bytes, body: bytes, watch: Watch | None, on_news: Callable[[], None] | None = None) -> None:
+        """Who gives `on_news` is called when something has come, or it broke, and takes all of it then."""
         self._begin()
-        self._watch = watch
+        self._watch, self._on_news = watch, on_news
         self._transport.writelines((head, body))
 
     async def head(self) -> None:
         """Until status and headers are there. Raises Broken."""
-        while not self._has_head:
-            if self._lost is not None:
-                raise Broken(self._lost, self._begun)
+        while not self.has_head:
+            if self.broke is not None:
+                raise Broken(self.broke, self.begun)
             await self._news()
+
+    def take(self) -> bytes:
+        """What has come since; b"" where that is nothing."""
+        chunks = self._chunks
+        if not chunks:
+            return b""
+        self._chunks = []
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def pause(self) -> None:
+        if self.broke is None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.broke is None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     async def read(self) -> bytes:
         """What has come since, at least a byte; b"" at the end. Raises Broken, after what had come before the break."""
         while not self._chunks:
-            if self._over:
+            if self.over:
                 return b""
-            if self._lost is not None:
-                raise Broken(self._lost, True)
+            if self.broke is not None:
+                raise Broken(self.broke, True)
             await self._news()
-        chunks, self._chunks, self._held = self._chunks, [], 0
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._held = 0
+        self.resume()
+        return self.take()
 
     async def parts(self) -> AsyncIterator[bytes]:
         """All that is left. Raises Broken."""
@@ -89,44 +110,41 @@ class Answer(asyncio.Protocol):
     @property
     def whole(self) -> bool:
         """Nothing is left to read."""
-        return self._over and not self._chunks
+        return self.over and not self._chunks
 
     async def relay(self, client: Client) -> None:
         """To the end: what comes goes on to `client` as chunks of its answer, in the very callback that brought it, and as fast as it
         takes them. Raises Broken."""
         self._client = client
-        client.on_full, client.on_drained = self._transport.pause_reading, self._transport.resume_reading
+        client.on_full, client.on_drained = self.pause, self.resume
         try:
             self._pass_on()
-            if client.is_full:
-                self._transport.pause_reading()
-            elif self._paused:
-                self._transport.resume_reading()
-            self._paused = False
-            while not self._over:
-                if self._lost is not None:
-                    raise Broken(self._lost, True)
+            (self.pause if client.is_full else self.resume)()
+            while not self.over:
+                if self.broke is not None:
+                    raise Broken(self.broke, True)
                 await self._news()
         finally:
             self._client = client.on_full = client.on_drained = None
-            if self._lost is None:
-                self._transport.resume_reading()
+            self.resume()
 
     @property
     def has_more_than_head(self) -> bool:
         """Can be read without waiting."""
-        return self._over or bool(self._chunks)
+        return self.over or bool(self._chunks)
 
     def release(self) -> None:
         """Its user is done: kept for the next request if it was read to the end, else closed, which tells the engine to stop."""
-        if self._over and self._keeps and self._lost is None:
+        self._on_news = None
+        if self.over and self._keeps and self.broke is None:
+            self.resume()
             self._pool.keep(self)
         else:
             self.close()
 
     def close(self) -> None:
-        if self._lost is None:
-            self._lost = "closed"
+        if self.broke is None:
+            self.broke = "closed"
             self._transport.abort()
 
     async def _news(self) -> None:
@@ -134,7 +152,9 @@ class Answer(asyncio.Protocol):
         await self._waiter
 
     def _tell(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._on_news is not None:
+            self._on_news()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     # ---- its transport ----
@@ -143,10 +163,10 @@ class Answer(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
 
     def data_received(self, data: bytes) -> None:
-        if self._over or self._lost is not None:
+        if self.over or self.broke is not None:
             self._break("it says more than its answer")
             return
-        self._begun = True
+        self.begun = True
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
@@ -155,30 +175,29 @@ class Answer(asyncio.Protocol):
             self._tell()
         else:
             self._pass_on()
-            if self._over or self._lost is not None:
+            if self.over or self.broke is not None:
                 self._tell()
 
     def _pass_on(self) -> None:
         if self._chunks:
             assert self._client is not None
-            self._client.write_chunk(self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks))
-            self._chunks.clear()
+            self._client.write_chunk(self.take())
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._lost is None:
-            self._lost = "the connection broke" if error is None else f"{type(error).__name__}: {error}"
+        if self.broke is None:
+            self.broke = "the connection broke" if error is None else f"{type(error).__name__}: {error}"
         self._pool.forget(self)
         self._tell()
 
     def _break(self, why: str) -> None:
-        if self._lost is None:
-            self._lost = why
+        if self.broke is None:
+            self.broke = why
             self._transport.abort()
 
     # ---- its parser ----
 
     def on_message_begin(self) -> None:
-        if self._over:
+        if self.over:
             raise ValueError("it says more than its answer")  # or that would be the next one's, who asked something else
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -187,28 +206,29 @@ class Answer(asyncio.Protocol):
             self.headers.append((name, value))
             if name == b"content-type":
                 self.content_type = value
+            elif name == b"content-length":
+                self.has_length = True
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
-            self.status, self._has_head = status, True
+            self.status, self.has_head = status, True
         else:
-            self.headers = []  # an interim answer: the real one follows
+            self.headers, self.has_length = [], False  # an interim answer: the real one follows
 
     def on_body(self, body: bytes) -> None:
         if self._watch is not None and not (body := self._watch.part(body)):
             return
         self._chunks.append(body)
-        if self._client is not None:
+        if self._client is not None or self._on_news is not None:
             return
         self._held += len(body)
-        if self._held > HELD_BYTES and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if self._held > HELD_BYTES:
+            self.pause()
 
     def on_message_complete(self) -> None:
-        if self._has_head:
-            self._over, self._keeps = True, self._parser.should_keep_alive()
+        if self.has_head:
+            self.over, self._keeps = True, self._parser.should_keep_alive()
 
 
 class Upstream:
@@ -225,14 +245,14 @@ class Upstream:
 
         A kept connection may have ended in the very moment that it was used: then nothing has come back, and the request is sent once more.
         """
-        kept = self._kept()
+        kept = self.kept()
         if kept is not None:
             try:
                 return await self._on(kept, head, body, watch)
             except Broken as broken:
                 if broken.begun:
                     raise
-        return await self._on(await self._connect(), head, body, watch)
+        return await self._on(await self.connect(), head, body, watch)
 
     async def _on(self, answer: Answer, head: bytes, body: bytes, watch: Watch | None) -> Answer:
         try:
@@ -243,7 +263,8 @@ class Upstream:
             raise
         return answer
 
-    def _kept(self) -> Answer | None:
+    def kept(self) -> Answer | None:
+        """A connection that carries nothing, where there is one. Whoever gets it must release() it."""
         while self._idle:
             answer = self._idle.pop()  # the one used last: the others may grow old and go
             if monotonic() - answer.idle_since < KEEP_ALIVE_S:
@@ -251,7 +272,8 @@ class Upstream:
             answer.close()
         return None
 
-    async def _connect(self) -> Answer:
+    async def connect(self) -> Answer:
+        """Raises OSError, TimeoutError among them."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_S):
             return (await loop.create_unix_connection(partial(Answer, loop, self), self._path))[1]

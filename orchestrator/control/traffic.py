@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from orchestrator.control.queue import Place, Queue
 from orchestrator.control.tally import Arrivals, Largest
@@ -154,6 +155,26 @@ class Traffic:
         Raises ModelNotFound, ModelUnavailable, QueueFull, NotInTime if it would wait in vain, or WaitTimeout.
         """
         return Lease(self, name, ask, asker, tell)
+
+    def takes(self, name: str, ask: Ask) -> bool:
+        """Whether take() would give a place now."""
+        model = self._models.get(name)
+        return (
+            model is not None
+            and model.door.error is None
+            and not model.queue
+            and model.room is not None
+            and (model.in_flight > 0 or model.door.fitting_tokens is None or ask.first <= model.door.fitting_tokens)
+        )
+
+    def take(self, name: str, ask: Ask) -> tuple[str, Callable[[], None]]:
+        """A place where takes() said that there is one, without a wait: the launch id to send to, and what gives it back, once."""
+        model, now = self._models[name], self._clock()
+        launch_id = model.room
+        assert launch_id is not None
+        model.arrivals.add(now)
+        model.enter(ask, now)
+        return launch_id, partial(self._give_back, model, ask)
 
     def _give_back(self, model: _Model, ask: Ask) -> None:
         model.leave(ask)

@@ -238,7 +238,9 @@ async def house(
         servers = [
             (
                 Server(
-                    UsersApp([models_router(registry, loop, lambda: 1.5e9, keys)], forwarded(proxy, realtime), admin, key), access_log=False
+                    UsersApp([models_router(registry, loop, lambda: 1.5e9, keys)], forwarded(proxy, realtime), admin, key),
+                    access_log=False,
+                    direct=proxy.direct,
                 ),
                 public,
             ),

@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 BODY = b'{"model":"org/qwen"}'
 ROUTES = [route.path for route in TABLE if route.model is Model.BODY]
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("way")]
 
 
 async def test_bodies_go_both_ways_unchanged(folder: Path) -> None:

@@ -14,7 +14,7 @@ BODY = b'{"model":"qwen"}'
 MADE = re.compile(rb"[0-9a-f]{32}")
 TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("way")]
 
 
 async def exchanged(at: House, *headers: str) -> tuple[Exchange, bytes]:

@@ -11,7 +11,7 @@ ONE = {"name": "one", "source": "org/one", "max_concurrency": 1}
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"one"}'
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("way")]
 
 
 async def test_while_the_body_is_still_being_sent(folder: Path) -> None:

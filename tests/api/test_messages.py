@@ -13,7 +13,7 @@ from tests.api.rawclient import Answer, Cut
 QWEN = {"name": "qwen", "source": "org/qwen", "max_concurrency": 1, "max_queue": 1}
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("way")]
 
 
 def error(answer: Answer) -> tuple[int, str, str]:
