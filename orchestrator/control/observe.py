@@ -1,11 +1,12 @@
 """The only place that reads the world: ports -> one frozen Snapshot.
 
 NVML is read in a thread and between two looks at the segments; of the two, the smaller use counts, so that pool memory is
-never taken for larger than it is. A driver that fails or hangs leaves the last reading, marked with why it is old; a segment
-that vanishes leaves the last one, marked as lost, because its engine goes on with it.
+never taken for larger than it is. A driver that fails or hangs leaves the last reading, marked with why it is old, and holds up one
+look, not those that follow; a segment that vanishes leaves the last one, marked as lost, because its engine goes on with it.
 """
 
 import asyncio
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Generic, TypeVar
 from orchestrator.control.ports import Engines, Gpus
 from orchestrator.policy.snapshot import EngineSeen, GpuReading, Segment, Snapshot, TrafficSeen
 
+log = logging.getLogger(__name__)
+
 GPU_TIMEOUT_S = 2.0  # a read takes 0.2 ms on a healthy card
 T = TypeVar("T")
 
@@ -28,6 +31,7 @@ class Observer:
         self._gpus = _Worker(gpus.read)
         self._last: dict[str, GpuReading] = {}
         self._reading: asyncio.Future[Sequence[GpuReading]] | None = None  # at most one read is under way, however long it hangs
+        self._patience_s = GPU_TIMEOUT_S
         self._seen: Mapping[str, EngineSeen] = {}
 
     async def look(self) -> Snapshot:
@@ -49,27 +53,44 @@ class Observer:
         return replace(seen, segment=replace(now, used_bytes=before.used_bytes, prealloc_bytes=before.prealloc_bytes))
 
     async def _read_gpus(self) -> None:
+        before = self._last
         if self._reading is None:
-            self._reading = self._gpus.ask()
-        await asyncio.wait([self._reading], timeout=GPU_TIMEOUT_S)
-        if not self._reading.done():
-            self._stale(f"the driver has not answered for {GPU_TIMEOUT_S:.0f}s")
-            return
-        read, self._reading = self._reading, None  # whatever it brought, the next look reads afresh
+            self._reading, self._patience_s = self._gpus.ask(), GPU_TIMEOUT_S
+        await asyncio.wait([self._reading], timeout=self._patience_s)
+        if self._reading.done():
+            read, self._reading = self._reading, None  # whatever it brought, the next look reads afresh
+            self._take(read)
+        else:
+            self._patience_s = 0.0
+            late = f"the driver has not answered for {GPU_TIMEOUT_S:.0f}s"  # while it is started anew, why it had to be says more
+            self._last = {uuid: replace(reading, error=reading.error or late) for uuid, reading in before.items()}
+        for uuid, reading in self._last.items():
+            _tell(before.get(uuid), reading)
+
+    def _take(self, read: "asyncio.Future[Sequence[GpuReading]]") -> None:
         try:
             readings = read.result()
         except OSError as error:
-            self._stale(str(error))
-        else:
-            now = self._clock()
-            fresh = {reading.uuid: replace(reading, read_at=now) for reading in readings}
-            for uuid, old in self._last.items():
-                if uuid not in fresh:
-                    fresh[uuid] = replace(old, error="the driver does not list it any more")
-            self._last = fresh
+            self._last = {uuid: replace(reading, error=str(error)) for uuid, reading in self._last.items()}
+            return
+        now = self._clock()
+        missing = {uuid: replace(old, error="the driver does not list it any more") for uuid, old in self._last.items()}
+        self._last = missing | {reading.uuid: self._dated(reading, now) for reading in readings}
 
-    def _stale(self, why: str) -> None:
-        self._last = {uuid: replace(reading, error=why) for uuid, reading in self._last.items()}
+    def _dated(self, reading: GpuReading, now: float) -> GpuReading:
+        if reading.error is None:
+            return replace(reading, read_at=now)
+        return replace(self._last.get(reading.uuid, reading), error=reading.error)
+
+
+def _tell(before: GpuReading | None, reading: GpuReading) -> None:
+    """A line where something has changed."""
+    if reading.error == (before.error if before else None):
+        return
+    if reading.error is None:
+        log.info("GPU %d is read again", reading.index)
+    else:
+        log.warning("GPU %d: its figures are old, and limits stay as they are: %s", reading.index, reading.error)
 
 
 class _Worker(Generic[T]):

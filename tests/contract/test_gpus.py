@@ -1,4 +1,4 @@
-"""What the loop may rely on of GPUs: the same tests on the fake world's and on the simulated ones with real processes."""
+"""What the loop may rely on of GPUs: the same tests on the fake world's, the simulated ones, and NVML's process with a fake pynvml."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.control.ports import Gpus
 from orchestrator.drivers import processes
+from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.policy.instance import Launch
 from orchestrator.policy.units import GIB
@@ -31,7 +32,7 @@ class Rig(Protocol):
 
 
 class Fake:
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gpus = FakeGpus(2)
 
     def hold(self, index: int, size_bytes: int) -> int:
@@ -51,8 +52,11 @@ class Fake:
 
 
 class Simulated:
-    def __init__(self, tmp_path: Path) -> None:
+    gpus: Gpus
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gpus = SimGpus(tmp_path / "gpu", 2, CARD)
+        self.folder = tmp_path / "gpu"
         self._log = tmp_path / "log"
         self._children: dict[int, processes.Child] = {}
 
@@ -60,7 +64,7 @@ class Simulated:
         process, child = processes.spawn(["sleep", "1000"], {"PATH": "/usr/bin:/bin"}, self._log)
         self._children[process.pid] = child
         started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
-        (self.gpus.folder / f"held/GPU-sim-{index}/{process.pid}.{started}").write_bytes(struct.pack("=q", size_bytes))
+        (self.folder / f"held/GPU-sim-{index}/{process.pid}.{started}").write_bytes(struct.pack("=q", size_bytes))
         return process.pid
 
     def end(self, pid: int) -> None:
@@ -68,17 +72,31 @@ class Simulated:
         self._children.pop(pid).wait()
 
     def fail(self) -> None:
-        (self.gpus.folder / "gpus.json").unlink()
+        (self.folder / "gpus.json").unlink()
 
     def close(self) -> None:
         for pid in list(self._children):
             self.end(pid)
 
 
-@pytest.fixture(params=[Fake, Simulated])
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    make: Callable[[Path], Rig] = request.param
-    made = make(tmp_path)
+class OfProcess(Simulated):
+    """The cards of a SimGpus, read through NVML's process."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(tmp_path, monkeypatch)
+        monkeypatch.setenv("FAKE_NVML", str(self.folder))
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support/fake_nvml"))
+        self.gpus = self.nvml = Nvml()
+
+    def close(self) -> None:
+        self.nvml.close()
+        super().close()
+
+
+@pytest.fixture(params=[Fake, Simulated, OfProcess])
+def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    make: Callable[[Path, pytest.MonkeyPatch], Rig] = request.param
+    made = make(tmp_path, monkeypatch)
     yield made
     made.close()
 

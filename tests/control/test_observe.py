@@ -5,6 +5,7 @@ import sys
 import threading
 from asyncio.subprocess import PIPE
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,14 @@ WAS = Segment(50 * GIB, 2 * GIB, GIB)
 
 
 class Cards(FakeGpus):
-    """`meanwhile` happens while they are read: between the two looks at the segments."""
+    """`meanwhile` happens while they are read: between the two looks at the segments. `instead` of what there is, they are these."""
 
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
+    instead: Sequence[GpuReading] | None = None
 
     def read(self) -> Sequence[GpuReading]:
         self.meanwhile()
-        return super().read()
+        return super().read() if self.instead is None else self.instead
 
 
 class Scene:
@@ -99,6 +101,60 @@ async def test_an_engine_without_a_pool_has_lost_none(how: str) -> None:
     scene.engine.segment, scene.engine.gone = None, how == "gone"
     seen = await scene.look()
     assert (seen.segment, seen.segment_lost) == (None, False)
+
+
+# ---- the GPUs -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_card_that_can_not_be_read_keeps_its_figures_and_its_age_and_says_why() -> None:
+    scene = Scene()
+    before = (await scene.observer.look()).gpus["GPU-0"]
+    lost = replace(before, free_bytes=0, error="NVML: GPU is lost", read_at=99.0)
+    scene.gpus.instead = [lost]
+    after = (await scene.observer.look()).gpus["GPU-0"]
+    assert after == replace(before, error="NVML: GPU is lost")
+    assert after.read_at == before.read_at
+
+
+async def test_a_driver_that_hangs_holds_up_one_look_and_keeps_the_reason_that_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.control.observe.GPU_TIMEOUT_S", 1.0)
+    scene, gate = Scene(), threading.Event()
+    await scene.observer.look()
+    scene.gpus.error = OSError("NVML: its process was killed by SIGSEGV")
+    await scene.observer.look()
+    scene.gpus.error, scene.gpus.gate = None, gate
+    took = []
+    try:
+        for _ in range(4):
+            began = asyncio.get_running_loop().time()
+            card = (await scene.observer.look()).gpus["GPU-0"]
+            took.append(asyncio.get_running_loop().time() - began)
+            assert card.error == "NVML: its process was killed by SIGSEGV"  # it is being started anew: that says why
+    finally:
+        gate.set()
+    assert took[0] > 0.9
+    assert max(took[1:]) < 0.5
+    scene.gpus.gate = None
+
+    async def fresh() -> bool:
+        return (await scene.observer.look()).gpus["GPU-0"].error is None
+
+    async with asyncio.timeout(30):
+        while not await fresh():
+            pass
+
+
+async def test_each_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    scene = Scene()
+    for error in (None, None, "NVML: one", "NVML: one", "NVML: two", None, None):
+        scene.gpus.error = OSError(error) if error else None
+        await scene.observer.look()
+    assert caplog.messages == [
+        "GPU 0: its figures are old, and limits stay as they are: NVML: one",
+        "GPU 0: its figures are old, and limits stay as they are: NVML: two",
+        "GPU 0 is read again",
+    ]
 
 
 # ---- the thread -----------------------------------------------------------------------------------------------------

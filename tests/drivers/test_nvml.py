@@ -1,4 +1,4 @@
-"""The NVML driver against a library of our own that says what a test wants: built with gcc, loaded by pynvml in a process of its own.
+"""What the NVML process reads, from a library of our own that says what a test wants: built with gcc, loaded by the real pynvml.
 
 The library obeys environment variables: FAKE_INIT and FAKE_COUNT fail a call, FAKE_<what>_<index> one of a card.
 """
@@ -69,14 +69,14 @@ except OSError as error:
 
 LOOKS = """
 import json, os, sys
-from orchestrator.drivers.nvml import Nvml
-nvml, uuids = Nvml(), []
+from orchestrator.drivers.nvml_reader import Cards
+cards, seen = Cards(), []
 for faults in json.loads(sys.argv[1]):
     for name in [name for name in os.environ if name.startswith("FAKE_")]:
         del os.environ[name]
     os.environ.update({f"FAKE_{name}": str(code) for name, code in faults.items()})
-    uuids.append([reading.uuid for reading in nvml.read()])
-print(json.dumps({"uuids": uuids}))
+    seen.append([(uuid, why) for index, uuid, name, total, free, held, why in cards.read()])
+print(json.dumps({"seen": seen}))
 """
 
 Read = Callable[..., dict[str, Any]]
@@ -122,16 +122,21 @@ def test_a_driver_that_hides_processes_still_tells_the_memory(read: Read, error:
 
 
 @pytest.mark.parametrize("what", ["HANDLE_0", "MEMORY_0"])
-def test_a_lost_card_is_left_out_and_the_other_one_keeps_its_index(read: Read, what: str) -> None:
+def test_a_card_that_was_lost_before_it_was_ever_read_is_left_out_and_the_other_one_keeps_its_index(read: Read, what: str) -> None:
     (card,) = read(**{what: GPU_IS_LOST})["cards"]
     assert (card["uuid"], card["index"]) == ("GPU-fake-1", 1)
 
 
 def test_a_card_is_asked_for_its_name_once_and_again_after_it_has_failed(library: Path) -> None:
-    faults = [{}, {"HANDLE_0": UNKNOWN}, {"MEMORY_0": GPU_IS_LOST}, {"HANDLE_0": GPU_IS_LOST}, {}]
-    seen = run(library, {}, LOOKS, json.dumps(faults))["uuids"]
-    both, second = ["GPU-fake-0", "GPU-fake-1"], ["GPU-fake-1"]
-    assert seen == [both, both, second, second, both]
+    faults = [{}, {"HANDLE_0": UNKNOWN}, {"MEMORY_0": GPU_IS_LOST}, {"HANDLE_0": NO_PERMISSION}, {}]
+    *seen, last = run(library, {}, LOOKS, json.dumps(faults))["seen"]
+    assert last == seen[0] == [["GPU-fake-0", None], ["GPU-fake-1", None]]
+    assert [[uuid for uuid, _ in look] for look in seen] == [["GPU-fake-0", "GPU-fake-1"]] * 4
+    why = [look[0][1] for look in seen]
+    assert why[:2] == [None, None]
+    assert why[2].startswith("NVML: ")
+    assert why[2].endswith(": it fell off the bus: `dmesg` has its Xid; reboot")
+    assert "groups video and render" in why[3]
 
 
 @pytest.mark.parametrize("call", ["INIT", "COUNT"])
