@@ -61,6 +61,8 @@ def status_page(status: Json) -> str:
     faults = [click.style(f"GPU {gpu.get('index')}: {gpu['error']}", fg="red") for gpu in gpus_seen if gpu.get("error")]
     # The daemon reads NVML every 250 ms: a reading of 5 s is twenty rounds old.
     faults += [f"GPU {gpu.get('index')}: this reading is {duration(gpu['age_s'])} old" for gpu in gpus_seen if (gpu.get("age_s") or 0) >= 5]
+    if status.get("state_problem"):
+        faults.append(click.style(f"State: {status['state_problem']}", fg="red"))
     return "\n".join([head, "", gpu_table(gpus_seen) if gpus_seen else "no GPU seen", *faults])
 
 

@@ -14,7 +14,8 @@ from orchestrator.policy.stored import Event, Stored
 
 class Gpus(Protocol):
     def read(self) -> Sequence[GpuReading]:
-        """All GPUs now. Blocks (the driver may take its time), so it is called in a thread. Raises OSError if nothing can be read."""
+        """All GPUs now; one that can not be read now is as it was last, with `error`. Blocks (the driver may take its time), so it is
+        called in a thread. Raises OSError if nothing can be read."""
         ...
 
 
@@ -85,7 +86,9 @@ class Store(Protocol):
 
     async def put_footprint(self, key: str, figures: Mapping[str, float]) -> None: ...
 
-    async def add_events(self, events: Sequence[Event]) -> None: ...
+    async def add_events(self, events: Sequence[Event]) -> None:
+        """Never raises StoreError, as put_footprint: what can not be written now is kept for later."""
+        ...
 
     async def events(self, model: str | None, limit: int) -> Sequence[Event]: ...
 

@@ -1,21 +1,27 @@
 """One SQLite file: models added by API, what operators held, footprints, engine records, events, keys and their usage. One thread.
 
-WAL with synchronous=FULL: a call that returned is on the disk (0.14 ms where it was measured). Desired state (models, held) and
-observed state (engines, footprints, events) are separate tables.
+A call that returned is on the disk; one that raised StoreError has changed nothing. Events and footprints are never worth a failure:
+those that can not be written now are kept, and written with the next change that can. Desired state (models, held) and observed state
+(engines, footprints, events) are separate tables; store_file.py has the schema.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import sqlite3
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from orchestrator.drivers.store_file import LOCKED, WAIT_S, code, lost_keys, open_file, said
 from orchestrator.errors import StoreError
 from orchestrator.policy.key import KeySpec, StoredKey, Used
 from orchestrator.policy.model import ModelSpec
@@ -24,28 +30,8 @@ from orchestrator.policy.stored import Event, Stored
 log = logging.getLogger(__name__)
 
 KEPT_EVENTS = 20_000
-MIGRATIONS = (  # user_version N: the first N were run; a new one is added at the end and none is ever changed
-    """
-CREATE TABLE models (name TEXT PRIMARY KEY, spec TEXT NOT NULL, added_at REAL NOT NULL) STRICT;
-CREATE TABLE held (name TEXT PRIMARY KEY) STRICT;
-CREATE TABLE footprints (key TEXT PRIMARY KEY, figures TEXT NOT NULL) STRICT;
-CREATE TABLE engines (launch_id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
-CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL) STRICT;
-CREATE INDEX events_by_model ON events (model, id);
-""",
-    "CREATE TABLE overrides (name TEXT PRIMARY KEY, fields TEXT NOT NULL) STRICT;",
-    """
-CREATE TABLE keys (
-    name TEXT PRIMARY KEY, spec TEXT NOT NULL, digest BLOB NOT NULL, shown TEXT NOT NULL,
-    created_at REAL NOT NULL, last_used_at REAL, revoked_at REAL
-) STRICT;
-CREATE TABLE usage (
-    key TEXT NOT NULL, model TEXT NOT NULL, day TEXT NOT NULL,
-    requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
-    PRIMARY KEY (key, model, day)
-) STRICT, WITHOUT ROWID;
-""",
-)
+UNWRITTEN_EVENTS = 1_000  # kept for later while the file can not be written; the oldest go
+IMPATIENT_MS = 100  # for a lock that outlasted one wait of WAIT_S, until a change succeeds: callers are told at once
 T = TypeVar("T")
 
 
@@ -54,12 +40,46 @@ class SqliteStore:
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection | None = None
+        self._place = (0, 0)  # device and inode
+        self._events: deque[Event] = deque(maxlen=UNWRITTEN_EVENTS)  # not written yet
+        self._footprints: dict[str, dict[str, float]] = {}  # neither
+        self._lost: str | None = None
+        self._lost_keys = False
+        self._failing: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """For operators: why nothing can be kept now, or that what was kept is lost; None when all is well."""
+        return self._failing or self._lost
 
     async def open(self) -> None:
-        await self._run(self._open)
+        """Raises StoreError where the file can not be used now; one that is damaged is moved aside, and that is said."""
+
+        def work() -> None:
+            self._db, self._lost = open_file(self._path)
+            found = os.stat(self._path)
+            self._place = (found.st_dev, found.st_ino)
+            self._lost_keys = lost_keys(self._path)
+
+        await self._in_thread(work)
+        if self._lost is not None:
+            log.error("STATE LOST: %s", self._lost)
+            await self.add_events([Event(time.time(), "", "state-lost", self._lost)])
+        if self._lost_keys:
+            log.error(
+                "%s: there were API keys, or may have been, in a damaged file that lies beside it, so that whoever has none is refused:"
+                " make keys anew with `orchestratorctl keys create`, or remove that file if there were none",
+                self._path,
+            )
 
     async def close(self) -> None:
-        await self._run(lambda db: db.close())
+        def work() -> None:
+            if self._db is not None:
+                if self._events or self._footprints:
+                    self._commit_seen((), {})
+                self._db.close()
+
+        await self._in_thread(work)
         self._thread.shutdown()
 
     async def load(self) -> Stored:
@@ -87,21 +107,18 @@ class SqliteStore:
         """A new model. One of that name may be left here, or what was changed of one in a config file: all of it is forgotten."""
 
         def write(db: sqlite3.Connection) -> None:
-            with db:
-                db.execute("DELETE FROM held WHERE name = ?", (spec.name,))
-                db.execute("DELETE FROM overrides WHERE name = ?", (spec.name,))
-                db.execute("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (spec.name, spec.model_dump_json(), added_at))
+            db.execute("DELETE FROM held WHERE name = ?", (spec.name,))
+            db.execute("DELETE FROM overrides WHERE name = ?", (spec.name,))
+            db.execute("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (spec.name, spec.model_dump_json(), added_at))
 
-        await self._run(write)
+        await self._change(write)
 
     async def remove_model(self, name: str) -> None:
         def write(db: sqlite3.Connection) -> None:
-            with db:
-                db.execute("DELETE FROM models WHERE name = ?", (name,))
-                db.execute("DELETE FROM held WHERE name = ?", (name,))
-                db.execute("DELETE FROM overrides WHERE name = ?", (name,))
+            for table in ("models", "held", "overrides"):
+                db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
-        await self._run(write)
+        await self._change(write)
 
     async def set_held(self, name: str, held: bool) -> None:
         await self._write("INSERT OR IGNORE INTO held VALUES (?)" if held else "DELETE FROM held WHERE name = ?", (name,))
@@ -110,7 +127,8 @@ class SqliteStore:
         await self._write("INSERT OR REPLACE INTO overrides VALUES (?, ?)", (name, json.dumps(dict(overrides))))
 
     async def put_footprint(self, key: str, figures: Mapping[str, float]) -> None:
-        await self._write("INSERT OR REPLACE INTO footprints VALUES (?, ?)", (key, json.dumps(dict(figures))))
+        """Never raises StoreError."""
+        await self._in_thread(lambda: self._commit_seen((), {key: dict(figures)}))
 
     async def put_engine(self, launch_id: str, record: Mapping[str, object]) -> None:
         await self._write("INSERT OR REPLACE INTO engines VALUES (?, ?)", (launch_id, json.dumps(dict(record))))
@@ -122,26 +140,27 @@ class SqliteStore:
         return await self._run(lambda db: {key: json.loads(text) for key, text in db.execute("SELECT launch_id, record FROM engines")})
 
     async def add_events(self, events: Sequence[Event]) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            with db:
-                db.executemany("INSERT INTO events (at, model, kind, reason) VALUES (?, ?, ?, ?)", [astuple(event) for event in events])
-                db.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (KEPT_EVENTS,))
-
-        await self._run(write)
+        """Never raises StoreError."""
+        await self._in_thread(lambda: self._commit_seen(events, {}))
 
     async def events(self, model: str | None, limit: int) -> list[Event]:
-        """The newest `limit`, oldest first."""
+        """The newest `limit`, oldest first, with those that are not written yet."""
         where, values = ("WHERE model = ?", (model, limit)) if model is not None else ("", (limit,))
         sql = f"SELECT at, model, kind, reason FROM events {where} ORDER BY id DESC LIMIT ?"
-        return await self._run(lambda db: [Event(*row) for row in reversed(db.execute(sql, values).fetchall())])
+
+        def read(db: sqlite3.Connection) -> list[Event]:
+            kept = [Event(*row) for row in reversed(db.execute(sql, values).fetchall())]
+            return [*kept, *(event for event in self._events if model in (None, event.model))][-limit:]
+
+        return await self._run(read)
 
     async def keys(self) -> tuple[list[StoredKey], bool]:
-        """All that this version understands, also revoked ones; and whether there was ever any."""
+        """All that this version understands, also revoked ones; and whether there was ever any, or may have been in a file that is lost."""
 
         def read(db: sqlite3.Connection) -> tuple[list[StoredKey], bool]:
             rows = db.execute("SELECT spec, digest, shown, created_at, last_used_at, revoked_at, name FROM keys ORDER BY created_at, name")
             found = [(self._key(row[6], row[0]), row[1:6]) for row in rows]
-            return [StoredKey(spec, *rest) for spec, rest in found if spec], bool(found)
+            return [StoredKey(spec, *rest) for spec, rest in found if spec], bool(found) or self._lost_keys
 
         return await self._run(read)
 
@@ -164,17 +183,16 @@ class SqliteStore:
         """`used`, each with its day (2027-01-31): added to what there is. All of it, or none."""
 
         def write(db: sqlite3.Connection) -> None:
-            with db:
-                db.executemany(
-                    "INSERT INTO usage (key, model, requests, prompt_tokens, completion_tokens, day) VALUES (?, ?, ?, ?, ?, ?)"
-                    " ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,"
-                    " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
-                    " completion_tokens = completion_tokens + excluded.completion_tokens",
-                    [(*row, day) for row, day in used],
-                )
-                db.executemany("UPDATE keys SET last_used_at = ? WHERE name = ?", [(at, name) for name, at in last_used_at.items()])
+            db.executemany(
+                "INSERT INTO usage (key, model, requests, prompt_tokens, completion_tokens, day) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " completion_tokens = completion_tokens + excluded.completion_tokens",
+                [(*row, day) for row, day in used],
+            )
+            db.executemany("UPDATE keys SET last_used_at = ? WHERE name = ?", [(at, name) for name, at in last_used_at.items()])
 
-        await self._run(write)
+        await self._change(write)
 
     async def usage(self, key: str | None = None, since: str = "") -> list[Used]:
         """Of one key or of all, from the day `since` on."""
@@ -182,28 +200,74 @@ class SqliteStore:
         sql = f"SELECT key, model, {sums} FROM usage WHERE day >= ? AND (? IS NULL OR key = ?) GROUP BY key, model"
         return await self._run(lambda db: [Used(*row) for row in db.execute(sql, (since, key, key))])
 
-    def _open(self, _: object) -> None:
-        db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)
-        self._db = db
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StoreError(
-                f"{self._path} was written by a newer version (schema {version}, this one knows {len(MIGRATIONS)}): upgrade the daemon"
-            )
-        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN; {migration} PRAGMA user_version = {number}; COMMIT;")
+    # ---- the thread -----------------------------------------------------------------------------------------------
 
     async def _write(self, sql: str, values: Sequence[object]) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            with db:
-                db.execute(sql, tuple(values))
+        await self._change(lambda db: db.execute(sql, tuple(values)).close())
 
-        await self._run(write)
+    async def _change(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        await self._in_thread(lambda: self._commit(work))
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await self._in_thread(lambda: work(self._opened()))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._db))  # type: ignore[arg-type]
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: {error}; nothing was changed") from None
+            raise StoreError(f"{said(self._path, error)}; nothing was changed") from None
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._db is None:
+            raise StoreError(f"{self._path} is not open")
+        return self._db
+
+    def _commit(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """All of it or nothing; and with it what waits."""
+        db = self._opened()
+        try:
+            self._check_place()
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                work(db)
+                self._write_seen(db)
+        except (sqlite3.Error, StoreError) as error:
+            if isinstance(error, sqlite3.Error) and code(error) in LOCKED:
+                db.execute(f"PRAGMA busy_timeout = {IMPATIENT_MS}")
+            if self._failing is None:
+                log.error("the state can not be written; changes are refused, events are kept in memory: %s", self._words(error))
+            self._failing = self._words(error)
+            raise
+        self._events.clear()
+        self._footprints.clear()
+        if self._failing is not None:
+            db.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
+            log.info("%s is written again", self._path)
+            self._failing = None
+
+    def _words(self, error: sqlite3.Error | StoreError) -> str:
+        return error.message if isinstance(error, StoreError) else said(self._path, error)
+
+    def _commit_seen(self, events: Sequence[Event], footprints: Mapping[str, dict[str, float]]) -> None:
+        """Now, or with the next change that can be written."""
+        self._events.extend(replace(event, reason=event.reason.encode(errors="replace").decode()) for event in events)
+        self._footprints |= footprints
+        with contextlib.suppress(sqlite3.Error, StoreError):  # it was logged, once
+            self._commit(lambda db: None)
+
+    def _write_seen(self, db: sqlite3.Connection) -> None:
+        for key, figures in self._footprints.items():
+            db.execute("INSERT OR REPLACE INTO footprints VALUES (?, ?)", (key, json.dumps(figures)))
+        if self._events:
+            rows = [astuple(event) for event in self._events]
+            db.executemany("INSERT INTO events (at, model, kind, reason) VALUES (?, ?, ?, ?)", rows)
+            db.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (KEPT_EVENTS,))
+
+    def _check_place(self) -> None:
+        """What is written into a file that nobody finds any more is lost. Raises StoreError."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._place:
+            raise StoreError(f"{self._path} was removed or replaced: put it back, or restart the daemon; nothing was changed")
