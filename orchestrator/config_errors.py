@@ -32,8 +32,24 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+class Source:
+    """Where the values of Settings were written, for faults that are found later than here."""
+
+    def __init__(self, places: Mapping[Loc, str], environ: Mapping[str, str]) -> None:
+        self._places, self._environ = places, environ
+
+    def problem(self, field: str, what: str) -> Problem:
+        """`field`: models.qwen.source. The problem names the file and line, or the variable, that gave it."""
+        return Problem(_where(_loc_of(field, self._places), self._places, self._environ), f"{field}: {what}")
+
+
 def load(files: Sequence[Path], environ: Mapping[str, str]) -> Settings:
     """Raises ConfigError with every problem found. Later files add to earlier ones and override single values."""
+    return read(files, environ)[0]
+
+
+def read(files: Sequence[Path], environ: Mapping[str, str]) -> tuple[Settings, Source]:
+    """As load(), and where each value was written."""
     problems: list[Problem] = []
     places: dict[Loc, str] = {}
     data: dict[str, Any] = {}
@@ -59,7 +75,7 @@ def load(files: Sequence[Path], environ: Mapping[str, str]) -> Settings:
                 continue
         else:
             if not problems:
-                return settings
+                return settings, Source(places, environ)
         raise ConfigError(problems)
 
 

@@ -1,29 +1,26 @@
 """orchestratord: the composition root. Builds each part once, runs the loop and the two servers together, stops them in order.
 
-Order of the end: new requests are refused, engines finish what they have and are ended, then the servers, then the store. An
-engine outlives the daemon only if the daemon is killed; the next one adopts it.
+Order of the end: new requests are refused, engines finish what they have and are ended, then the servers, then the store. Engines
+outlive a daemon that is killed, or told to keep them; the next one adopts them.
 """
 
 import asyncio
 import contextlib
 import fcntl
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-import click
-import uvloop
-
-from orchestrator import __version__, config_errors, logs, settings
+from orchestrator import __version__, logs
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.daemon import DaemonApi
 from orchestrator.api.keys import KeysApi
 from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.peers import Group, Peers
@@ -45,19 +42,56 @@ from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.drivers.sources import Sources
 from orchestrator.drivers.store import SqliteStore
-from orchestrator.errors import ConfigError, OrchestratorError, Problem, StartupError
+from orchestrator.ending import SIGNALS, Ending
+from orchestrator.errors import StartupError
+from orchestrator.front import Front
 from orchestrator.policy.lifecycle import Rules
+from orchestrator.reload import Reload, warnings
 from orchestrator.settings import Settings
 
 log = logging.getLogger("orchestrator")
 
-DEFAULT_CONFIG = Path("/etc/orchestrator/orchestrator.yaml")
 DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
+LAST_WORDS_S = 1.0  # a connection was made and its request is on the way: it would be closed as an idle one
 GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
 
 
-async def serve(config: Settings, files: Sequence[Path]) -> None:
-    """Until SIGTERM, SIGINT or SIGHUP. Raises StartupError, with nothing started, where this machine does not allow it."""
+async def serve(config: Settings, files: Sequence[Path]) -> Ending:
+    """Until SIGTERM or SIGINT, the end of its terminal, or an operator's word: how it is to go on then. Raises StartupError, with nothing
+    started, where this machine does not allow it."""
+    ending = Ending()
+    ending.heed_signals()
+    handed = systemd.handed_socket()
+    async with _house(config) as (store, admin):
+        group = sockets.group(config.admin.group, DEFAULT_GROUP)
+        keys = Keys(config.keys.required)
+        ledger = Ledger(keys, store)
+        await ledger.load()
+        front = Front(config.listen.host, config.listen.port, keys, handed)
+        await _run(config, files, store, ledger, keys, front, admin, Peers(Group(*group) if group else None), ending)
+    if ending.restart:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the next one heeds them: nothing is lost in between
+    return ending
+
+
+async def end_engines(config: Settings) -> int:
+    """Those that a daemon left running which is gone: ended, and cleaned up after. How many. Raises StartupError while one is there."""
+    async with _house(config) as (store, _):
+        looked = asyncio.Event()
+        launcher = Launcher(_venvs(config, config.gpus.source), config.runtime_dir, config.logs_dir, store, looked.set)
+        await launcher.adopt()
+        left = launcher.look()
+        for launch_id in left:
+            launcher.stop(launch_id)
+        while not all(seen.gone for seen in launcher.look().values()):
+            looked.clear()
+            await looked.wait()
+        return len(left)
+
+
+@contextlib.asynccontextmanager
+async def _house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.socket]]:
+    """The folders, ours alone, the operators' socket and the state."""
     with contextlib.ExitStack() as held:
         for folder, mode in (
             (config.state_dir, 0o750),
@@ -69,48 +103,12 @@ async def serve(config: Settings, files: Sequence[Path]) -> None:
         held.enter_context(_lock(config.state_dir))
         held.enter_context(_lock(config.runtime_dir))
         admin = held.enter_context(sockets.listen_unix(config.admin_socket))
-        group = sockets.group(config.admin.group, DEFAULT_GROUP)
         store = SqliteStore(config.state_dir / "state.db")
         await store.open()
         try:
-            keys = Keys(config.keys.required)
-            ledger = Ledger(keys, store)
-            await ledger.load()
-            front = Front(config.listen.host, config.listen.port, keys)
-            await _run(config, files, store, ledger, keys, front, admin, Peers(Group(*group) if group else None))
+            yield store, admin
         finally:
             await store.close()
-
-
-class Front:
-    """Where users reach us: where the settings say, but on loopback alone as long as anybody there would be served without a key."""
-
-    def __init__(self, host: str, port: int, keys: Keys) -> None:
-        self._wanted = host
-        self.is_narrow = not sockets.is_loopback(host) and not keys.needed and keys.required != "never"
-        self.server: Server | None = None
-        self._listen(sockets.loopback_of(host) if self.is_narrow else host, port)
-
-    async def widen(self) -> None:
-        """A key was made. Connections that are open stay."""
-        if not self.is_narrow or self.server is None:
-            return
-        self.server.stop_listening()  # the kernel gives no port of all addresses while somebody listens on it at one
-        for host in (self._wanted, sockets.loopback_of(self._wanted)):
-            try:
-                self._listen(host, self.port)
-            except StartupError as error:  # the key is made all the same
-                log.error("not listening on %s: %s; the next key, or a restart, tries again", host, error)
-                continue
-            self.is_narrow = host != self._wanted
-            log.info("there is an API key now: listening on %s", self.url)
-            await self.server.startup([self.socket])
-            return
-
-    def _listen(self, host: str, port: int) -> None:
-        """Raises StartupError."""
-        self.socket = sockets.listen(host, port)
-        self.port, self.url = self.socket.getsockname()[1], sockets.url_of(self.socket)
 
 
 async def _run(
@@ -122,14 +120,14 @@ async def _run(
     front: Front,
     admin_socket: socket.socket,
     peers: Peers,
+    ending: Ending,
 ) -> None:
     started_at = time.monotonic()
     with contextlib.suppress(OSError):  # where that is forbidden they are init's, and how they end stays unknown
         processes.adopt_orphans()
     gpus, gpu_source = _gpus(config)
     wake = asyncio.Event()
-    sleepers = config.memory.sleepers if config.memory.sleepers is not None else processes.host_bytes() // 2
-    rules = Rules(config.memory.reserve, config.requests.drain_timeout, sleepers)
+    rules = _rules(config)
     venvs = _venvs(config, gpu_source)
     versions = {name: vllm.version(venv) for name, venv in venvs.items()}
     sources = Sources(dict(os.environ))
@@ -149,30 +147,36 @@ async def _run(
         gpu_source=gpu_source,
         config=tuple(map(str, files)),
         state_dir=str(config.state_dir),
+        state_problem=lambda: store.problem,
         phases=vllm.PHASES,
         started_at=started_at,
         host_budget_bytes=rules.host_budget_bytes,
     )
     who = processes.who
-    admin = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers).router()
-    admin.include_router(KeysApi(ledger, registry.resolve, front.widen).router())
-    admin = operators(admin, Through(proxy, registry.resolve, loop).router())
+    models = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers)
+
+    def heed(changed: Settings) -> None:
+        """What a reload may change besides models."""
+        rules = _rules(changed)
+        registry.heed(rules)
+        loop.heed(rules, changed.loop.interval)
+        traffic.heed(changed.requests.max_wait, changed.requests.max_queue)
+        models.heed(rules.host_budget_bytes)
+        logs.set_up(changed.log.level, changed.log.format, config.log.access)
+        wake.set()
+
+    reload = Reload(config, files, registry, loop, heed)
+    keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, reload.check, ending.begin_again)
+    through = Through(proxy, registry.resolve, loop)
+    admin = operators(models.router(), keys_api.router(), daemon_api.router(), through.router())
     boot = time.time()
-    key = config.admin.key.get_secret_value() if config.admin.tcp and config.admin.key else None
+    key = config.admin_key.get_secret_value() if config.admin.tcp and config.admin_key else None
     users = UsersApp([models_router(registry, loop, lambda: boot, keys)], forwarded(proxy, realtime), admin, key)
-    front.server = Server(users, config.log.access)
+    front.server = Server(users, config.log.access, proxy.direct)
     servers = [(front.server, front.socket), (Server(operators_app(admin, peers), config.log.access), admin_socket)]
 
-    for name in registry.overruled:
-        log.warning("%s: a config file defines this name now; the one added by API is not used", name)
-    for name in registry.dropped:
-        log.warning("%s: what `orchestratorctl limit` changed no longer goes with its spec and is not used", name)
-    for problem in registry.source_problems():
-        log.warning("%s", problem)
-    stop = asyncio.Event()
-    running = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal was closed; engines must not outlive that
-        running.add_signal_handler(number, stop.set)
+    for warning in warnings(registry):
+        log.warning("%s", warning)
     loop.adopt(await launcher.adopt(), time.monotonic())
     launcher.warm({known.spec.engine for known in registry.known().values()})
     await loop.tick()  # a first look, so that whoever connects finds figures
@@ -194,24 +198,47 @@ async def _run(
         log.warning("keys.required is never: whoever reaches %s may use every model", front.url)
     if gpu_source == "simulated":
         log.warning("the GPUs are SIMULATED: engines are simulated too, and answers are made up")
+    ending.reload_by(reload)
     systemd.notify(f"READY=1\nSTATUS=serving {front.url}")
 
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait([stopping, reconciling, *serving], return_when=asyncio.FIRST_COMPLETED)
-    systemd.notify("STOPPING=1")
-    log.info("stopping: engines finish their requests and are ended")
-    loop.stop()
-    await reconciling
+    asked = asyncio.create_task(ending.asked.wait())
+    await asyncio.wait([asked, reconciling, *serving], return_when=asyncio.FIRST_COMPLETED)
+    if ending.restart:
+        ending.listening = front.kept()  # who comes meanwhile waits for the next daemon
+        systemd.reloading("restarting")
+    else:
+        systemd.notify("STOPPING=1")
+    if ending.keep_engines:
+        await _finish_requests(front.server, serving[0], reload.now.requests.drain_timeout, ending)
+    if not ending.keep_engines:
+        log.info("%s: engines finish their requests and are ended", "restarting" if ending.restart else "stopping")
+        loop.stop()
+        await reconciling
     for server, _ in servers:
         server.stop()
     await asyncio.gather(*serving)
+    reconciling.cancel()
     tidying.cancel()
     writing.cancel()
     await ledger.close()
     upstreams.tidy(())
     await loop.settle()
     await launcher.close()
-    log.info("stopped")
+    if isinstance(gpus, Nvml):
+        gpus.close()  # it would be a stranger's child of the successor
+    log.info("starting again" if ending.restart else "stopped")
+
+
+async def _finish_requests(server: Server, serving: "asyncio.Task[None]", drain_s: float, ending: Ending) -> None:
+    """Those that run end, within the drain time; nobody else is let in. The loop goes on meanwhile: they need their memory."""
+    log.info("restarting: requests that run are finished, engines go on")
+    server.stop_listening()
+    await asyncio.sleep(LAST_WORDS_S)
+    server.config.timeout_graceful_shutdown = max(1, round(drain_s))
+    server.stop()
+    stopped = asyncio.create_task(ending.stopped.wait())  # somebody has lost patience
+    await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
 
 
 def _seen(loop: Reconciler) -> Sequence[str]:
@@ -239,7 +266,7 @@ def _gpus(config: Settings) -> tuple[Gpus, str]:
     chosen = config.gpus.source
     if chosen != "simulated":
         try:
-            return Nvml(), "nvml"
+            return Nvml(config.logs_dir / "nvml.log"), "nvml"
         except OSError as error:
             if chosen == "nvml":
                 raise StartupError(str(error)) from None
@@ -247,6 +274,11 @@ def _gpus(config: Settings) -> tuple[Gpus, str]:
     folder = config.runtime_dir / "simgpu"
     os.environ["SIM_GPU_DIR"] = str(folder)  # engines inherit it
     return SimGpus(folder, config.gpus.simulated.count, config.gpus.simulated.memory), "simulated"
+
+
+def _rules(config: Settings) -> Rules:
+    sleepers = config.memory.sleepers if config.memory.sleepers is not None else processes.host_bytes() // 2
+    return Rules(config.memory.reserve, config.requests.drain_timeout, sleepers)
 
 
 def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
@@ -292,83 +324,11 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+def main(words: Sequence[str] | None = None) -> None:
+    """The command `orchestratord`."""
+    from orchestrator.commands import main as command  # which needs all of the above
 
-CONFIG = click.option(
-    "--config", "-c", "files", multiple=True, type=click.Path(path_type=Path), envvar="ORCH_CONFIG",
-    help=f"Config file; may be given more than once, later ones add and override. Default: {DEFAULT_CONFIG} if it exists.",
-)  # fmt: skip
-
-
-def _load(files: tuple[Path, ...]) -> tuple[Settings, tuple[Path, ...]]:
-    if not files and DEFAULT_CONFIG.exists():
-        files = (DEFAULT_CONFIG,)
-    return config_errors.load(files, os.environ), files
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="orchestratord")
-def main() -> None:
-    """The daemon that shares GPUs between many language models.
-
-    Settings come from the environment (ORCH_LISTEN__PORT=9000), then --config files, then defaults. Exit codes: 0 stopped in
-    order, 1 this machine does not allow it (folder locked, port in use), 78 the configuration is wrong.
-    """
-
-
-@main.command("serve")
-@CONFIG
-def serve_command(files: tuple[Path, ...]) -> None:
-    """Run in the foreground until SIGTERM, Ctrl-C or the end of the terminal, which end the engines too.
-
-    Example: orchestratord serve --config config/orchestrator.yaml --config config/models.yaml
-    """
-    with _exit_codes():
-        config, files = _load(files)
-        logs.set_up(config.log.level, config.log.format, config.log.access)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config, files))
-
-
-@main.command("check-config")
-@CONFIG
-@click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON on stdout.")
-def check_config(files: tuple[Path, ...], as_json: bool) -> None:
-    """Read the configuration and say everything that is wrong with it: file, line, nearest right name. Exit code 78 if anything is."""
-    try:
-        config, files = _load(files)
-        sources = Sources(dict(os.environ))
-        missing = [Problem(f"models.{name}.source", why) for name, spec in config.models.items() if (why := sources.problem(spec))]
-        if missing:
-            raise ConfigError(missing)
-    except ConfigError as error:
-        if as_json:
-            click.echo(json.dumps({"problems": [{"where": p.where, "what": p.what} for p in error.problems]}, indent=2))
-        else:
-            for problem in error.problems:
-                click.echo(str(problem), err=True)
-            click.echo(f"{len(error.problems)} problem{'s' if len(error.problems) != 1 else ''}", err=True)
-        sys.exit(error.exit_code)
-    if as_json:
-        click.echo(json.dumps({"problems": []}))
-    else:
-        click.echo(f"{', '.join(map(str, files)) or 'defaults and environment'}: correct, {len(config.models)} models")
-
-
-@main.command("schema")
-def schema_command() -> None:
-    """Print the JSON Schema of a config file, for editors: `orchestratord schema > orchestrator.schema.json`."""
-    click.echo(json.dumps(settings.schema(), indent=2))
-
-
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[None]:
-    try:
-        yield
-    except OrchestratorError as error:
-        for problem in error.problems or (Problem("", error.message),):
-            click.echo(f"orchestratord: {problem}", err=True)
-        sys.exit(error.exit_code)
+    command(words)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ class Listen(Section):
 class Admin(Section):
     socket: Path | None = Field(None, description="Unix socket of the admin API. Default: <dirs.runtime>/admin.sock.")
     tcp: bool = Field(False, description="Serve the admin API on listen.host:port too; needs admin.key.")
-    key: SecretStr | None = Field(None, description="Bearer key that admin requests over TCP must carry.")
+    key: SecretStr | None = Field(
+        None, description="Bearer key that admin requests over TCP must carry. Default: systemd's credential admin.key, if given."
+    )
     group: str | None = Field(
         None,
         min_length=1,
@@ -154,7 +156,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _cross(self) -> "Settings":
         problems = []
-        if self.admin.tcp and self.admin.key is None:
+        if self.admin.tcp and self.admin_key is None:
             problems.append("admin.tcp: is on without a key: set admin.key (or ORCH_ADMIN__KEY), or turn it off")
         taken: dict[str, str] = {}
         for spec in self.models.values():
@@ -193,6 +195,11 @@ class Settings(BaseSettings):
         return self.dirs.logs or _systemd("LOGS_DIRECTORY") or self.state_dir / "logs"
 
     @property
+    def admin_key(self) -> SecretStr | None:
+        """Where neither a file nor the environment has one, it is what systemd hands over (LoadCredential=admin.key:PATH)."""
+        return self.admin.key or _credential("admin.key")
+
+    @property
     def admin_socket(self) -> Path:
         return self.admin.socket or self.runtime_dir / "admin.sock"
 
@@ -201,6 +208,18 @@ def _systemd(variable: str) -> Path | None:
     """systemd's own answer for its *Directory= settings; the first of several, separated by colons."""
     given = os.environ.get(variable, "").split(":")[0]
     return Path(given) if given else None
+
+
+def _credential(name: str) -> SecretStr | None:
+    """None where there is none, or a blank one: the unit names it for whoever has it. Raises ValueError where it cannot be read."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        given = (Path(folder) / name).read_text().strip() if folder else ""
+    except FileNotFoundError:
+        given = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"admin.key: the credential cannot be read: {error}") from None
+    return SecretStr(given) if given else None
 
 
 def schema() -> dict[str, Any]:

@@ -15,11 +15,12 @@ from click import Group
 from orchestrator import __version__, errors, settings
 from orchestrator.cli.exits import MEANINGS
 from orchestrator.cli.main import cli as orchestratorctl
+from orchestrator.commands import main as orchestratord
 from orchestrator.config_errors import load
-from orchestrator.daemon import main as orchestratord
 from orchestrator.policy.instance import State
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.units import parse_duration, parse_size
+from orchestrator.reload import LIVE
 from orchestrator.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,13 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert found[1] == __version__
 
 
+def test_what_a_reload_changes_at_once_is_documented_and_is_a_setting() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    settings_there = {".".join(path) for path, _ in leaves(Settings().model_dump())}
+    assert sorted(LIVE - settings_there) == []
+    assert sorted(name for name in LIVE if f"`{name}`" not in text) == []
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 def test_systemd_accepts_the_unit_without_a_word() -> None:
     """Its exit code is 0 for directives that it ignores, so what counts is that it says nothing."""
@@ -117,3 +125,29 @@ def test_systemd_accepts_the_unit_without_a_word() -> None:
         ["systemd-analyze", "verify", str(ROOT / "systemd/orchestrator.service")], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+def test_the_units_exposure_is_as_documented() -> None:
+    words = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(ROOT / "systemd/orchestrator.service")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for orchestrator.service: ([0-9.]+)", done.stdout)
+    assert found is not None, done.stderr
+    assert f"gives the unit {found[1]} " in (ROOT / "docs/operations.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd-sysusers is not here")
+def test_systemd_accepts_the_user_and_the_folders(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    for program, name in (("systemd-sysusers", "sysusers"), ("systemd-tmpfiles", "tmpfiles")):
+        words = [
+            program,
+            f"--root={tmp_path}",
+            *(["--create"] if name == "tmpfiles" else []),
+            str(ROOT / f"systemd/orchestrator.{name}.conf"),
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "ignoring" not in done.stderr.lower()
+    assert "orchestrator:" in (tmp_path / "etc/passwd").read_text()
+    assert (tmp_path / "etc/orchestrator").stat().st_mode & 0o777 == 0o750

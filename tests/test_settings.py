@@ -28,7 +28,13 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.upper().startswith("ORCH_") or name in ("STATE_DIRECTORY", "RUNTIME_DIRECTORY", "LOGS_DIRECTORY", "XDG_RUNTIME_DIR"):
+        if name.upper().startswith("ORCH_") or name in (
+            "STATE_DIRECTORY",
+            "RUNTIME_DIRECTORY",
+            "LOGS_DIRECTORY",
+            "XDG_RUNTIME_DIR",
+            "CREDENTIALS_DIRECTORY",
+        ):
             monkeypatch.delenv(name)
 
 
@@ -258,6 +264,27 @@ def test_values_that_cannot_be(write: Write, text: str, says: str) -> None:
     assert only(write(text)).startswith(says)
 
 
+def test_the_admin_key_may_be_a_credential_of_systemd_and_is_weaker_than_what_is_written(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = write("admin: {tcp: true, key: null}\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert only(file).startswith("a.yaml:1:9: admin.tcp: is on without a key")
+    (tmp_path / "admin.key").write_text(" ")
+    assert only(file).startswith("a.yaml:1:9: admin.tcp: is on without a key")
+    (tmp_path / "admin.key").write_text("hunter2\n")
+    found = load([file], os.environ)
+    assert (found.admin_key and found.admin_key.get_secret_value(), "hunter2" in repr(found)) == ("hunter2", False)
+    monkeypatch.setenv("ORCH_ADMIN__KEY", "stronger")
+    found = load([file], os.environ)
+    assert found.admin_key is not None
+    assert found.admin_key.get_secret_value() == "stronger"
+    monkeypatch.delenv("ORCH_ADMIN__KEY")
+    (tmp_path / "admin.key").unlink()
+    (tmp_path / "admin.key").mkdir()
+    assert "admin.key: the credential cannot be read: " in only(file)
+
+
 def test_a_key_is_never_shown(write: Write) -> None:
     assert "hunter2" not in "".join(problems(write("admin: {key: [hunter2], kye: hunter2, tcp: hunter2x}\n"))).replace("hunter2x", "")
     assert "(hidden)" in only(write("admin: {key: 5}\n"))
@@ -328,7 +355,7 @@ def test_check_config_of_a_wrong_one(write: Write) -> None:
 def test_check_config_looks_for_the_model_folders(write: Write) -> None:
     done = orchestratord("check-config", "-c", str(write("models: {m: {source: /nowhere}}\n")))
     assert done.returncode == 78
-    assert "models.m.source: there is no folder '/nowhere'" in done.stderr
+    assert "a.yaml:1:14: models.m.source: there is no folder '/nowhere'" in done.stderr
 
 
 def test_serve_with_a_wrong_config_is_exit_78_and_starts_nothing(tmp_path: Path) -> None:

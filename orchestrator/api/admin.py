@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class About:
     state_dir: str
     phases: tuple[str, ...]
     started_at: float  # time.monotonic()
+    state_problem: Callable[[], str | None] = lambda: None
     host_budget_bytes: int | None = None  # of host memory, for all that sleep
 
 
@@ -65,6 +66,9 @@ class Admin:
         self._log_file, self._events, self._who = log_file, events, who
         self._launch_servers = launch_servers
         self._places = projections.Places(socket_of, log_file, about.phases)
+
+    def heed(self, host_budget_bytes: int) -> None:
+        self._about = replace(self._about, host_budget_bytes=host_budget_bytes)
 
     def router(self) -> APIRouter:
         """A verb that is added here is a word that no name may end with: policy/model.py, ROUTE_WORDS."""
@@ -98,6 +102,7 @@ class Admin:
             "gpu_source": about.gpu_source,
             "config": list(about.config),
             "state_dir": about.state_dir,
+            "state_problem": about.state_problem(),
             "models": projections.counts(known, view),
             "launch_servers": await self._launch_servers() if self._launch_servers else {},
             "host": projections.host(known, view, about.host_budget_bytes),

@@ -27,7 +27,7 @@ class KeysApi:
         self._ledger, self._resolve, self._made = ledger, resolve, made
 
     def router(self) -> APIRouter:
-        router = APIRouter(prefix="/keys")
+        router = APIRouter(prefix="/api/v1/keys")
         router.add_api_route("", self.all, methods=["GET"])
         router.add_api_route("", self.create, methods=["POST"], status_code=201)
         router.add_api_route("/usage", self.usage, methods=["GET"])

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import adapt, change, keys, limit, look, options, plan, residency, screen
+from orchestrator.cli import adapt, change, keys, limit, look, options, plan, residency, screen, service
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -32,6 +32,11 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # as registered: in the order of a model's life, not of the alphabet
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, wrapped where they are long: click would cut them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in self.commands.items() if not verb.hidden])
 
     def main(
         self,
@@ -158,6 +163,8 @@ for verb in (
     look.logs,
     look.status,
     keys.keys,
+    service.reload,
+    service.restart_daemon,
 ):
     cli.add_command(verb)
 

@@ -94,6 +94,10 @@ class Reconciler:
             if (early := ticked + COALESCE_S - clock.time()) > 0:
                 await asyncio.sleep(early)
 
+    def heed(self, rules: Rules, interval_s: float) -> None:
+        """From the next look on."""
+        self._rules, self._interval_s = rules, interval_s
+
     def stop(self) -> None:
         """From now on no model is wanted: what runs is drained and ended."""
         self._stopping = True

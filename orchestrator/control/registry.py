@@ -7,7 +7,7 @@ import asyncio
 import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from orchestrator.policy.lifecycle import NEVER, Known, Rules, Want
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.placement import allowed, never_fits, wanted_gpus
 from orchestrator.policy.snapshot import GpuReading
+from orchestrator.policy.stored import Stored
 from orchestrator.policy.units import show_bytes
 
 LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
@@ -32,6 +33,27 @@ class Venv(Protocol):
 
     @property
     def args(self) -> Sequence[str]: ...
+
+
+@dataclass(slots=True)
+class Shelf:
+    """All models as files and store have them, before anybody sees it."""
+
+    known: dict[str, Known] = field(default_factory=dict)
+    bases: dict[str, ModelSpec] = field(default_factory=dict)  # as it was written, before overrides
+    by_name: dict[str, str] = field(default_factory=dict)  # names, aliases and adapters -> model
+    dropped: list[str] = field(default_factory=list)  # models whose overrides no longer go with their spec
+    overruled: list[str] = field(default_factory=list)  # models in the store whose name a config file has taken: the file wins
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload made of the models. `changed`: the fields of each that are others now; of one that another owner has, `owner` too."""
+
+    added: tuple[str, ...]
+    changed: Mapping[str, tuple[str, ...]]
+    removed: tuple[str, ...]
+    unchanged: int
 
 
 class Registry:
@@ -54,30 +76,78 @@ class Registry:
         self._args = {name: tuple(venv.args) for name, venv in engines.items()} if isinstance(engines, Mapping) else {}
         self._changing = asyncio.Lock()  # one change at a time: what was checked still holds when the disk has answered
         self._learned: dict[str, Mapping[str, float]] = {}
-        self._known: dict[str, Known] = {}
-        self._bases: dict[str, ModelSpec] = {}  # as it was written, before overrides
-        self._by_name: dict[str, str] = {}  # names, aliases and adapters -> model
-        self.dropped: list[str] = []  # models whose overrides no longer go with their spec
-        self.overruled: list[str] = []  # models in the store whose name a config file has taken: the file wins
+        self._take(Shelf())
 
     async def load(self) -> None:
         """What the config files and the store hold. Models marked `preload` count as started now."""
         stored = await self._store.load()
         self._learned = dict(stored.footprints)
-        for owner, specs in (("file", self._file_specs), ("api", stored.models)):
+        self._take(self._read(self._file_specs, stored))
+
+    async def reload(self, file_specs: Iterable[ModelSpec], gpus: Sequence[GpuReading]) -> Reloaded:
+        """The config files hold these now. A model that is as it was keeps all that is known of it. Raises SpecError for a new or changed
+        one that can not work here, StoreError; then nothing was changed."""
+        async with self._changing:
+            file_specs = tuple(file_specs)
+            shelf = self._read(file_specs, await self._store.load())
+            changed = {name: fields for name in shelf.known if name in self._known and (fields := self._changed(name, shelf))}
+            added = [name for name in shelf.known if name not in self._known]
+            problems = [
+                Problem(f"models.{name}.{problem.where}", problem.what)
+                for name in (*added, *changed)
+                if (model := shelf.known[name]).owner == "file" and set(changed.get(name, ())) != {"owner"}
+                for problem in self._problems(model.spec, model.footprint, gpus)
+            ]
+            if problems:
+                raise SpecError(problems)
+            removed = tuple(name for name in self._known if name not in shelf.known)
+            self._file_specs = file_specs
+            self._take(shelf)
+            return Reloaded(tuple(added), changed, removed, len(shelf.known) - len(added) - len(changed))
+
+    def heed(self, rules: Rules) -> None:
+        """These hold from now on."""
+        self._rules = rules
+
+    def _read(self, file_specs: Sequence[ModelSpec], stored: Stored) -> Shelf:
+        shelf = Shelf()
+        for owner, specs in (("file", file_specs), ("api", stored.models)):
             for spec in specs:
-                if any(name in self._by_name for name in spec.names):
-                    self.overruled.append(spec.name)
+                if any(name in shelf.by_name for name in spec.names):
+                    shelf.overruled.append(spec.name)
                     continue
-                held, overrides = spec.name in stored.held, stored.overrides.get(spec.name, {})
-                self._bases[spec.name] = spec
-                try:
-                    spec = _overridden(spec, overrides)
-                except ValidationError:  # the config file has changed under them
-                    self.dropped.append(spec.name)
-                    overrides = {}
-                started_at = self._clock() if spec.preload and not held else NEVER
-                self._put(Known(spec, self._footprint(spec), owner, held, started_at, overrides=overrides))
+                shelf.bases[spec.name] = spec
+                model = self._model(spec, owner, stored, shelf)
+                shelf.known[spec.name] = model
+                shelf.by_name.update(dict.fromkeys(model.spec.names, spec.name))
+        return shelf
+
+    def _model(self, base: ModelSpec, owner: str, stored: Stored, shelf: Shelf) -> Known:
+        """As it is now; what operators did to one that is known stays. Marked `preload` it counts as started when that is first read."""
+        held, overrides = base.name in stored.held, stored.overrides.get(base.name, {})
+        try:
+            spec = _overridden(base, overrides)
+        except ValidationError:  # the config file has changed under them
+            shelf.dropped.append(base.name)
+            spec, overrides = base, {}
+        before = self._known.get(base.name)
+        if before is None:
+            started_at = self._clock() if spec.preload and not held else NEVER
+            return Known(spec, self._footprint(spec), owner, held, started_at, overrides=overrides)
+        if (before.spec, before.owner, before.held, before.overrides) == (spec, owner, held, overrides):
+            return before
+        started_at = self._clock() if spec.preload and not before.spec.preload and not held else before.started_at
+        footprint = self._footprint_after(base.name, spec)
+        return replace(before, spec=spec, footprint=footprint, owner=owner, held=held, started_at=started_at, overrides=overrides)
+
+    def _changed(self, name: str, shelf: Shelf) -> tuple[str, ...]:
+        before, after = self._known[name], shelf.known[name]
+        fields = [each for each in ModelSpec.model_fields if getattr(before.spec, each) != getattr(after.spec, each)]
+        return (*fields, *(["owner"] if before.owner != after.owner else []))
+
+    def _take(self, shelf: Shelf) -> None:
+        self._known, self._bases, self._by_name = shelf.known, shelf.bases, shelf.by_name
+        self.dropped, self.overruled = shelf.dropped, shelf.overruled
 
     def known(self) -> Mapping[str, Known]:
         return self._known
@@ -109,7 +179,9 @@ class Registry:
         async with self._changing:
             model = self.get(name).spec.name
             if self._known[model].owner == "file":
-                raise Conflict(f"The model {model!r} is defined in a config file: remove it there and restart the daemon.", param="name")
+                raise Conflict(
+                    f"The model {model!r} is defined in a config file: remove it there, then `orchestratorctl reload`.", param="name"
+                )
             await self._store.remove_model(model)
             del self._known[model], self._bases[model]
             self._by_name = {n: m for n, m in self._by_name.items() if m != model}

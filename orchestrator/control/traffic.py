@@ -124,6 +124,10 @@ class Traffic:
         self._models: dict[str, _Model] = {}
         self._waiting = 0
 
+    def heed(self, max_wait_s: float, max_queue: int) -> None:
+        """For who comes from now on."""
+        self._max_wait_s, self._max_queue = max_wait_s, max_queue
+
     def publish(self, doors: Mapping[str, Door]) -> None:
         """The loop's word on every model; called after limits were written."""
         for name in self._models.keys() - doors.keys():

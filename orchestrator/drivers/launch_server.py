@@ -181,7 +181,7 @@ class LaunchServer:
     def _lose(self, server: Control, why: str) -> None:
         """One that was ready. Another one is started after a while, a longer one each time unless engines were forked."""
         self._dismiss(server)
-        wait_s = min(BACKOFF_S * 2**self._deaths, BACKOFF_MAX_S)
+        wait_s = min(BACKOFF_S * 2 ** min(self._deaths, 10), BACKOFF_MAX_S)
         self._deaths += 1
         self._failed(why, wait_s)
         self._beside(self._revive(wait_s))

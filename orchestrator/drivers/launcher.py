@@ -5,6 +5,7 @@ decides: bring-up and take-down are fixed sequences that report only by being lo
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import httpx2
 
-from orchestrator.drivers import engine_run, kvcached, processes, upkeep, vllm
+from orchestrator.drivers import engine_run, kvcached, leftovers, processes, upkeep, vllm
 from orchestrator.drivers.engine_run import Run
 from orchestrator.drivers.launch_control import NoFork
 from orchestrator.drivers.launch_server import LaunchServers
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 HEALTH_POLL_S = 0.02  # somebody waits for it; a look at a socket that nobody listens at takes 0.3 ms
 SEGMENT_TIMEOUT_S = 10.0  # kvcached makes its segment before the server answers; a plain vLLM never does
+SERVED_S = 20.0  # a busy API server answers /health in a second; one that does not answer for this long hangs
 KEPT_LOGS = 5  # of earlier launches of the same model
 
 
@@ -63,24 +65,50 @@ class Launcher:
         self._servers = LaunchServers(venvs, logs)
         self._told: set[str] = set()  # why engines were not forked
         self._runs: dict[str, Run] = {}
+        self._served: set[str] = set()  # launches that were ready under a former daemon
 
     # ---- control's port -------------------------------------------------------------------------------------------
 
     async def adopt(self) -> Sequence[Launch]:
-        living = []
-        for launch_id, record in (await self._records.engines()).items():
+        """All that a former daemon of these folders left: what records name and still runs is taken over, everything else ended and cleaned
+        up after. What another daemon has is in other folders."""
+        records = await self._records.engines()
+        leftovers.end_launch_servers(self._logs)
+        for folder in leftovers.unrecorded(self._runtime, records.keys()):
+            self._runs[folder.name] = leftovers.run(folder, self._logs, self._notify)
+            log.warning("engine %s: a former launch that no record names: it is ended", folder.name)
+            self.stop(folder.name)
+        living: dict[str, Run] = {}
+        for launch_id, record in records.items():
             run = engine_run.from_record(record, self._runtime / launch_id, self._notify)
             self._runs[launch_id] = run
             if run.process is None:  # the daemon died between writing the intent and knowing the pid
                 run.process = processes.writing_to(run.log)
-            if run.process is not None and processes.alive(run.process):
-                run.watch()
-                run.begin("bring up", self._bring_up)
-                living.append(run.launch)
-            else:
+            if run.process is None or not processes.alive(run.process):
                 run.alive = False
                 self.stop(launch_id)
-        return living
+                continue
+            if not run.folder.is_dir():  # systemd removes it with a service that is stopped: nobody can reach this one any more
+                log.warning("%s: engine %s lives and its socket was removed: it is ended", run.model, launch_id)
+                self.stop(launch_id)
+                continue
+            if record.get("served"):
+                self._served.add(launch_id)
+            other = living.get(run.model)
+            if other is not None:  # one model has one engine: the later
+                run, other = sorted((run, other), key=_started)[::-1]
+                self.stop(other.launch.id)
+            living[run.model] = run
+        for run in living.values():
+            self._take_over(run)
+        return [run.launch for run in living.values()]
+
+    def _take_over(self, run: Run) -> None:
+        assert run.process is not None
+        with contextlib.suppress(ProcessLookupError):  # it has ended since: seen at once
+            _, run.child = processes.forked(run.process.pid)  # ours to bury, where this process was the former daemon
+        run.watch()
+        run.begin("bring up", self._bring_up)
 
     def start(self, launch: Launch) -> None:
         log_file = self._logs / f"{_log_stem(launch.spec.name)}.{launch.id}.log"
@@ -123,6 +151,7 @@ class Launcher:
 
     def forget(self, launch_id: str) -> None:
         self._runs.pop(launch_id, None)
+        self._served.discard(launch_id)
 
     # ---- the daemon's ---------------------------------------------------------------------------------------------
 
@@ -192,9 +221,12 @@ class Launcher:
         """READY means: healthy, the right model, a token answered, kvcached seen at work, and our calls answered in the engine."""
         run.api = api = EngineApi(run.socket)
         looked_at = 0.0
+        patient_until = time.monotonic() + (SERVED_S if run.launch.id in self._served else float("inf"))
         while not (run.socket.exists() and await api.healthy()):
             if not run.alive:
                 raise EngineFailed(run.how_it_ended())
+            if time.monotonic() > patient_until:
+                raise EngineFailed(f"it served under the former daemon, and has not answered this one for {SERVED_S:.0f} s")
             if time.monotonic() - looked_at >= POLL_S:
                 run.read_log()
                 if run.process is not None:  # all of /proc is walked for it: not on the event loop
@@ -220,6 +252,9 @@ class Launcher:
         if run.wanted_limit is None and (segment := kvcached.read(run.launch.ipc_name)) and segment.limit_bytes > 0:
             run.wanted_limit = segment.limit_bytes  # a former daemon may have died before the engine was told
         upkeep.apply_limit(run, self._kvctl(run))
+        if run.launch.id not in self._served:
+            with contextlib.suppress(StoreError):  # then the next daemon waits longer for one that hangs
+                await self._records.put_engine(run.launch.id, {**run.record(), "served": True})
 
     async def _until_segment(self, run: Run) -> None:
         deadline = time.monotonic() + SEGMENT_TIMEOUT_S
@@ -289,6 +324,10 @@ class Launcher:
                     run.child.kill()
                 sent_at = time.monotonic()
             await asyncio.sleep(POLL_S / 2)
+
+
+def _started(run: Run) -> float:
+    return run.process.create_time if run.process is not None else 0.0
 
 
 def _log_stem(model: str) -> str:

@@ -229,8 +229,7 @@ async def house(
         )
         socket_of = lambda launch_id: str(upstream.path)  # noqa: E731
         admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()
-        admin.include_router(KeysApi(ledger, registry.resolve, nothing).router())
-        admin = operators(admin, Through(proxy, registry.resolve, loop).router())
+        admin = operators(admin, KeysApi(ledger, registry.resolve, nothing).router(), Through(proxy, registry.resolve, loop).router())
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))

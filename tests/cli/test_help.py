@@ -16,7 +16,8 @@ from .running import DEADLINE_S, environment, run
 from .stub_daemon import StubDaemon, model
 
 RESIDENCY = ("load", "unload", "sleep", "wake", "drain", "pin", "unpin", "plan")
-VERBS = ("add-model", "rm", "start", "stop", *RESIDENCY, "limit", "adapt", "ls", "ps", "describe", "explain", "logs", "status", "keys")
+LOOKS = ("ls", "ps", "describe", "explain", "logs", "status")
+VERBS = ("add-model", "rm", "start", "stop", *RESIDENCY, "limit", "adapt", *LOOKS, "keys", "reload", "restart-daemon")
 
 
 def test_the_verbs() -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import signal
 
 import psutil
 import pytest
 
-from orchestrator.drivers import kvcached, processes
+from orchestrator.drivers import kvcached, launcher, processes
 from tests.support.eventually import eventually, eventually_now
 from tests.support.simulated import BUNDLE, CEILING, Workshop
 
@@ -158,3 +159,80 @@ async def test_two_engines_of_one_model_do_not_touch_each_other(shop: Workshop) 
     await shop.stopped(first)
     assert await shop.complete(second) == "tiny"
     assert shop.seen(second).error is None
+
+
+async def test_an_engine_whose_folder_was_removed_cannot_be_reached_and_is_ended(shop: Workshop) -> None:
+    launch = await shop.started()
+    await shop.restart()
+    shutil.rmtree(shop.root / "run/engines" / launch.id)
+    assert await shop.launcher.adopt() == []
+    await eventually(lambda: shop.seen(launch).gone, "gone")
+    assert shop.leftovers(launch) == []
+
+
+async def test_one_that_served_and_hangs_now_fails_soon(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "SERVED_S", 0.3)
+    launch = await shop.started()
+    await eventually(lambda: shop.records.kept[launch.id].get("served"), "kept")
+    await shop.restart()
+    os.kill(shop.records.kept[launch.id]["process"][0], signal.SIGSTOP)
+    assert await shop.launcher.adopt() == [launch]
+    assert "it served under the former daemon, and has not answered this one" in await shop.failed(launch)
+
+
+async def test_a_start_under_way_is_waited_for_as_any_start(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "SERVED_S", 0.01)
+    launch = shop.start(fault="slow_start:0.5")
+    await eventually(lambda: shop.records.kept.get(launch.id, {}).get("process"), "spawned")
+    await shop.restart()
+    await shop.launcher.adopt()
+    await shop.ready(launch)
+
+
+async def test_of_two_engines_of_one_model_the_later_is_taken_over_and_the_other_ended(shop: Workshop) -> None:
+    first = await shop.started()
+    second = await shop.started()
+    await shop.restart()
+    assert await shop.launcher.adopt() == [second]
+    await shop.ready(second)
+    await eventually(lambda: shop.seen(first).gone, "the first is gone")
+    assert shop.leftovers(first) == []
+    assert await shop.complete(second) == "tiny"
+
+
+async def test_a_launch_without_a_record_is_ended_and_cleaned_up_and_a_strangers_is_not(shop: Workshop) -> None:
+    lost, kept = await shop.started("lost"), await shop.started("kept")
+    theirs = shop.root / "other"
+    stranger, child = processes.spawn(["sleep", "1000"], {"PATH": "/usr/bin:/bin"}, theirs / f"x.{'a' * 8}.log")
+    try:
+        (shop.root / "run/engines/not-a-launch").mkdir()
+        (shop.root / "run/engines" / ("a" * 8)).mkdir()  # an id of ours whose log is in a folder that is not
+        del shop.records.kept[lost.id]
+        await shop.restart()
+        assert await shop.launcher.adopt() == [kept]
+        await eventually(lambda: shop.leftovers(lost) == [], "the lost one is gone")
+        await shop.ready(kept)
+        assert processes.alive(stranger)
+        assert (shop.root / "run/engines/not-a-launch").is_dir()
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_a_launch_server_that_hung_while_its_daemon_died_is_ended(shop: Workshop) -> None:
+    log = shop.root / "logs/launch-server-default.log"
+    server, child = processes.spawn(["sleep", "1000"], {"PATH": "/usr/bin:/bin"}, log)
+    await shop.launcher.adopt()
+    assert child.wait(10.0) == -signal.SIGKILL
+    assert not processes.alive(server)
+
+
+async def test_how_an_adopted_child_ends_is_known(shop: Workshop) -> None:
+    """A daemon that became its own successor is the parent of its engines."""
+    launch = await shop.started()
+    await shop.restart()
+    await shop.launcher.adopt()
+    await shop.ready(launch)
+    shop._children.clear()  # or the former handle would bury it
+    os.kill(shop.pid(launch), signal.SIGKILL)
+    assert "was killed by SIGKILL" in await shop.failed(launch)

@@ -1,6 +1,7 @@
 """The daemon comes and goes: refused where it cannot run, ended in order, and taken over from where it was killed."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -17,7 +18,11 @@ from tests.e2e.running import DEADLINE_S, Daemon, eventually
 
 def serve(daemon: Daemon, **env: str) -> "subprocess.CompletedProcess[str]":
     """`orchestratord serve` that is expected to end by itself."""
-    words = [sys.executable, "-m", "orchestrator.daemon", "serve"]
+    return command(daemon, "serve", **env)
+
+
+def command(daemon: Daemon, *more: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "orchestrator.daemon", *more]
     return subprocess.run(words, env={**daemon.env, **env}, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
@@ -51,12 +56,31 @@ def test_sigterm_while_streaming_finishes_the_stream_then_ends_all(fresh: Fresh,
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_a_closed_terminal_end_the_engines_too(fresh: Fresh, number: signal.Signals) -> None:
+def test_ctrl_c_ends_the_engines_too(fresh: Fresh) -> None:
     daemon = fresh().start()
     daemon.add(daemon.name("a"))
-    daemon.signal(number)
+    daemon.signal(signal.SIGINT)
     assert daemon.wait() == 0
+    assert daemon.remains() == {}
+
+
+def test_a_terminal_that_is_closed_ends_the_engines_too_and_sighup_alone_does_not(fresh: Fresh) -> None:
+    daemon = fresh()
+    ours, theirs = pty.openpty()
+    program = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        " os.execv(sys.executable, [sys.executable, '-m', 'orchestrator.daemon', 'serve'])"
+    )
+    with daemon.log.open("ab") as log:
+        daemon.process = subprocess.Popen([sys.executable, "-c", program], env=daemon.env, stdin=theirs, stdout=log, stderr=log)
+    os.close(theirs)
+    eventually(lambda: "INFO    serving" in daemon.log.read_text(), "it serves")
+    daemon.add(daemon.name("a"))
+    daemon.signal(signal.SIGHUP)
+    eventually(lambda: "reloaded: 0 models added" in daemon.log.read_text(), "a reload")
+    os.close(ours)
+    assert daemon.wait() == 0
+    assert "stopping: engines finish" in daemon.log.read_text()
     assert daemon.remains() == {}
 
 
@@ -95,6 +119,115 @@ def test_a_killed_daemon_leaves_its_engines_to_the_next_one(fresh: Fresh, client
     for model in (kept, idle):
         assert daemon.ctl("rm", model).returncode == 0
     assert daemon.remains() == {}
+
+
+def test_a_restart_that_keeps_the_engines_finishes_a_stream_loses_no_request_and_stays_the_process(fresh: Fresh, client: Client) -> None:
+    daemon = fresh().start()
+    name = daemon.name("a")
+    before, url, pid = daemon.add(name)["engine"], daemon.url, daemon.process and daemon.process.pid
+    openai_client = client(daemon)
+    patient, late = client(daemon), list[str]()
+
+    def ask() -> None:
+        late.append(patient.completions.create(model=name, prompt="x", max_tokens=1).choices[0].text)
+
+    with openai_client.completions.create(model=name, prompt="x", max_tokens=300, stream=True) as chunks:
+        texts = [next(iter(chunks)).choices[0].text]
+        with daemon.engines_held():
+            assert daemon.ctl("restart-daemon", "--keep-engines", "--no-wait").returncode == 0
+            eventually(lambda: "restarting: requests that run are finished" in daemon.log.read_text(), "it was told")
+            asking = threading.Thread(target=ask)
+            asking.start()
+        last = None
+        for chunk in chunks:
+            texts.append(chunk.choices[0].text)
+            last = chunk.choices[0].finish_reason or last
+    asking.join(DEADLINE_S)
+    assert (last, len("".join(texts).split())) == ("length", 301)
+    assert len(late) == 1
+    after = daemon.until_state(name, "ready")["engine"]
+    assert (after["pid"], after["launch_id"], daemon.url) == (before["pid"], before["launch_id"], url)
+    assert daemon.get("/status")["pid"] == pid
+    assert daemon.process is not None
+    assert daemon.process.poll() is None
+    assert daemon.ctl("rm", name).returncode == 0
+    assert daemon.remains() == {}
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_restart_ends_the_engines_in_order_and_starts_anew(fresh: Fresh) -> None:
+    daemon = fresh().start()
+    name, url = daemon.name("a"), daemon.url
+    before = daemon.add(name, "--preload")["engine"]
+    done = daemon.ctl("restart-daemon", "--timeout", f"{DEADLINE_S:.0f}s")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the daemon is back after ")
+    after = daemon.until_state(name, "ready")["engine"]
+    assert after["launch_id"] != before["launch_id"]
+    assert daemon.url == url
+    said = daemon.log.read_text()
+    order = ["restarting: engines finish", f"{name}: stopping", f"{name}: gone", "INFO    starting again"]
+    assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
+
+
+def test_a_daemon_that_could_not_start_again_is_not_restarted(fresh: Fresh) -> None:
+    daemon = fresh()
+    file = daemon.folder / "c.yaml"
+    file.write_text("{}")
+    daemon.env["ORCH_CONFIG"] = str(file)
+    daemon.start()
+    file.write_text("lisen: {}")
+    done = daemon.ctl("restart-daemon", "--keep-engines")
+    assert done.returncode == 78
+    assert f"{file}:1:1: lisen: unknown setting" in done.stderr
+    assert daemon.get("/status")["loop"]["errors"] == 0
+
+
+def test_an_engine_whose_spec_changed_while_the_daemon_was_away_is_replaced(fresh: Fresh) -> None:
+    daemon = fresh()
+    name, file = daemon.name("a"), daemon.folder / "c.yaml"
+    daemon.env["ORCH_CONFIG"] = str(file)
+    file.write_text(f"models: {{{name}: {{source: {daemon.model_folder}, preload: true}}}}")
+    daemon.start()
+    before = daemon.until_state(name, "ready")["engine"]
+    daemon.kill()
+    file.write_text(f"models: {{{name}: {{source: {daemon.model_folder}, preload: true, args: [--max-model-len, '4096']}}}}")
+    daemon.start()
+
+    def replaced() -> bool:
+        model = daemon.model(name)
+        return bool(model["state"] == "ready" and model["engine"]["launch_id"] != before["launch_id"])
+
+    eventually(replaced, "another engine serves")
+    assert len(daemon.engine_processes()) == 2
+    assert len(daemon.segments()) == 1
+
+
+def test_what_a_lost_state_file_no_longer_names_is_ended_and_another_daemons_engines_are_not(fresh: Fresh) -> None:
+    daemon, other = fresh().start(), fresh().start()
+    daemon.add(daemon.name("a"))
+    theirs = other.add(other.name("b"))["engine"]["pid"]
+    daemon.kill()
+    for path in (daemon.folder / "s").glob("state.db*"):
+        path.unlink()
+    daemon.start()
+    eventually(lambda: daemon.remains() == {}, "the unknown engine is ended and cleaned up after")
+    assert "a former launch that no record names: it is ended" in daemon.log.read_text()
+    assert other.model(other.name("b"))["engine"]["pid"] == theirs
+    assert other.model(other.name("b"))["state"] == "ready"
+
+
+def test_engines_without_a_daemon_are_ended_by_a_command_unless_the_daemon_was_killed(fresh: Fresh) -> None:
+    daemon = fresh().start()
+    daemon.add(daemon.name("a"))
+    assert "is in use by another orchestratord" in command(daemon, "end-engines").stderr
+    daemon.kill()
+    kept = command(daemon, "end-engines", "--unless-killed", SERVICE_RESULT="watchdog")
+    assert (kept.returncode, len(daemon.engine_processes())) == (0, 2)
+    done = command(daemon, "end-engines", "--unless-killed", SERVICE_RESULT="timeout")
+    assert (done.returncode, done.stderr) == (0, "1 engines were left: ended\n")
+    assert daemon.remains() == {}
+    assert command(daemon, "end-engines").stderr == "no engine was left\n"
 
 
 def test_what_died_with_the_daemon_is_cleaned_up_by_the_next_one(fresh: Fresh) -> None:
