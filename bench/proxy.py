@@ -81,16 +81,18 @@ def _round(name: str, start: Start, engines: Engines, here: Path, bad: dict[str,
     with start(engines, here) as arm:
         _load(arm, "--plain", str(WARM_S), "--connections", str(TOGETHER[-1]))
         for together in TOGETHER:
-            before = _cpu_s(arm)
+            before, kernel = _cpu_s(arm), _kernel_s(arm)
             done = _load(arm, "--plain", str(PLAIN_S), "--connections", str(together))
             measured[f"request_{together}_us"] = (_cpu_s(arm) - before) / max(1, done["requests"]) * 1e6
+            measured[f"request_{together}_kernel_us"] = (_kernel_s(arm) - kernel) / max(1, done["requests"]) * 1e6
             measured[f"requests_{together}_s"] = done["requests"] / done["seconds"]
             _note(bad, name, done)
         measured["request_us"] = measured[f"request_{TOGETHER[-1]}_us"]
-        before = _cpu_s(arm)
+        before, kernel = _cpu_s(arm), _kernel_s(arm)
         done = _load(arm, "--streams", str(STREAMS), "--rounds", "1" if name in SLOW else "2")
         if done["chunks"]:  # none where it changes the events so that they cannot be told from each other
             measured["chunk_us"] = (_cpu_s(arm) - before) / done["chunks"] * 1e6
+            measured["chunk_kernel_us"] = (_kernel_s(arm) - kernel) / done["chunks"] * 1e6
         measured["ttft_p50_ms"], measured["ttft_p99_ms"] = done["p50_s"] * 1000, done["p99_s"] * 1000
         _note(bad, name, done)
     return measured
@@ -168,6 +170,17 @@ def _cpu_s(arm: Arm) -> float:
                 with contextlib.suppress(OSError):
                     total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[0])
     return total / 1e9
+
+
+def _kernel_s(arm: Arm) -> float:
+    """What of that is spent inside the kernel: reading, writing, waiting for connections. In ticks of 10 ms."""
+    if arm.pid is None:
+        return 0.0
+    ticks = 0
+    for pid in _processes(arm.pid) if not _is_ours(arm.pid) else [arm.pid]:
+        with contextlib.suppress(OSError):
+            ticks += int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _is_ours(pid: int) -> bool:

@@ -83,13 +83,13 @@ class BadRequest(OrchestratorError):
 
 class Unauthorized(OrchestratorError):
     status = 401
-    type = "invalid_request_error"
+    type = "authentication_error"  # LiteLLM takes an invalid_request_error for a 400, whatever its status
     code = "invalid_api_key"
 
 
 class Forbidden(OrchestratorError):
     status = 403
-    type = "invalid_request_error"  # as OpenAI's own; clients go by the status
+    type = "permission_error"
     code = "not_permitted"
 
 

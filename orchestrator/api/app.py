@@ -14,8 +14,8 @@ from starlette.routing import Route as Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator import __version__
-from orchestrator.api import error_body, routes
-from orchestrator.api.connection import IDS, ids
+from orchestrator.api import error_body, openapi, routes
+from orchestrator.api.ids import IDS, ids
 from orchestrator.api.peers import Peers
 from orchestrator.api.routes import Model, Route
 from orchestrator.api.talk import Talk
@@ -30,7 +30,9 @@ class UsersApp:
     ) -> None:
         self._posts = {route.path: app for route, app in forwarded.items() if route.model in (Model.BODY, Model.FORM)}
         self._talks = {route.path: app for route, app in forwarded.items() if route.model is Model.TALK}
-        self._rest = _app("orchestrator")
+        self._rest = _app("orchestrator", "/openapi.json")
+        document = openapi.document(forwarded)
+        self._rest.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI knows nothing of what is forwarded
         for route, app in forwarded.items():  # so that other methods are answered as on any route
             if route.model is Model.TALK:
                 continue
@@ -67,8 +69,8 @@ def operators_app(admin: APIRouter, peers: Peers) -> FastAPI:
     return app
 
 
-def _app(title: str) -> FastAPI:
-    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+def _app(title: str, openapi_url: str | None = None) -> FastAPI:
+    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=openapi_url, redirect_slashes=False)
     app.add_exception_handler(OrchestratorError, _ours)
     app.add_exception_handler(HTTPException, _not_routed)
     app.add_exception_handler(RequestValidationError, _bad_query)
@@ -92,10 +94,10 @@ async def _no_talk(scope: Scope, receive: Receive, send: Send) -> None:
     await talk.refuse(routes.missing("WebSocket", scope["path"]))
 
 
-def _respond(request: Request, error: OrchestratorError) -> Response:
+def _respond(request: Request, error: OrchestratorError, headers: Mapping[str, str] | None = None) -> Response:
     request_id = request.scope["extensions"][IDS].request_id
     body = error_body.body(error, routes.is_anthropic(request.url.path), request_id)
-    return Response(body, error.status, error_body.headers(error))
+    return Response(body, error.status, {**error_body.headers(error), **(headers or {})})
 
 
 async def _ours(request: Request, error: Exception) -> Response:
@@ -109,7 +111,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         missing = RouteNotFound(f"{request.url.path} does not answer {request.method}.", code="method_not_allowed")
         missing.status = 405
-    return _respond(request, missing)
+    return _respond(request, missing, error.headers)  # a 405 has Allow
 
 
 async def _bad_query(request: Request, error: Exception) -> Response:

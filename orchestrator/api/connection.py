@@ -10,49 +10,27 @@ id, and each answer bears it, whoever makes it.
 """
 
 import asyncio
-import random
-import re
 import sys
 from collections.abc import Callable
-from http import HTTPStatus
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE as STATUS_LINE
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from orchestrator.api import error_body
+from orchestrator.api.ids import IDS, Ids, ids
+from orchestrator.api.refusal import head_too_large, too_slow, whole
 from orchestrator.api.routes import DIRECT, is_anthropic
 from orchestrator.errors import BadRequest, OrchestratorError
 
 CLIENT = "orchestrator.client"  # the extension of a request's scope that holds its Client
-IDS = "orchestrator.ids"  # … and the one that holds its Ids
 KEEP_ALIVE_S = 75  # longer than the 60 s of common load balancers, or their POSTs would meet closed connections
 LINGER_S = 2.0  # how long a connection is read from that was refused
 SLOW_S = 60.0  # how long a head may take from its first byte, and a body between two of its parts
 MOST_HEADERS = 100  # SDKs send 20; the WebSocket parser takes 128
 HEAD_BYTES = 64 << 10
 LINE_BYTES = 8190  # of one header of a WebSocket's handshake: its parser takes no more
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,200}")
-TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, version 00
 OFFER = frozenset({b"upgrade", b"http2-settings"})
 OURS = frozenset({b"expect", b"x-request-id", b"traceparent"})
-
-
-class Ids(NamedTuple):
-    """Of one request. `traced`: the trace is the client's own."""
-
-    request_id: bytes
-    traceparent: bytes
-    traced: bool
-
-
-def ids(request_id: bytes | None, traceparent: bytes | None) -> Ids:
-    """What a client gave, where it can be used, else made here: a trace that begins here has the request's id."""
-    number = random.getrandbits(192)
-    made = b"%032x" % (number >> 64)
-    known = request_id is not None and REQUEST_ID.fullmatch(request_id)
-    traced = traceparent is not None and TRACEPARENT.fullmatch(traceparent) is not None
-    trace = traceparent if traced else b"00-%b-%016x-01" % (made, number & 0xFFFFFFFFFFFFFFFF)
-    return Ids(request_id if known else made, cast(bytes, trace), traced)  # type: ignore[arg-type]
 
 
 class Cycle(Protocol):
@@ -69,6 +47,7 @@ class Client:
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
+        self.is_new = True
         self.has_left = self.is_full = False
         self.on_leaving: Callable[[], object] | None = None
         self.on_full: Callable[[], object] | None = None
@@ -77,6 +56,12 @@ class Client:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """To uvicorn, which asks for addresses first, the other end's alone: finding our own is a tenth of what a connection costs."""
+        if self.is_new and name in ("socket", "sockname"):
+            return default
+        return self._transport.get_extra_info(name, default)
 
     def join_next_writes(self) -> None:
         """The next write waits for the one after it: both leave in one system call."""
@@ -124,7 +109,9 @@ class Connection(HttpToolsProtocol):
         self._since = self.loop.time()
         self._head_bytes, self._is_large, self._is_offer, self._data = 0, False, False, b""
         self._refused: OrchestratorError | None = None
+        self._ahead: list[RequestResponseCycle] = []
         super().connection_made(cast(asyncio.Transport, self.peer))
+        self.peer.is_new = False
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -141,7 +128,7 @@ class Connection(HttpToolsProtocol):
             # The parser keeps a header to itself until it is whole. Of the first part, some may be the request's before.
             self._head_bytes += len(data) if was_in_head else 1
             if self._head_bytes > HEAD_BYTES:
-                self._refuse(_head_too_large())
+                self._refuse(head_too_large(MOST_HEADERS, HEAD_BYTES))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -193,6 +180,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         cycle = self.cycle
         if cycle is not before:  # else it becomes a WebSocket
+            if before is not None and not before.response_complete:
+                self._ahead = [*(one for one in self._ahead if not one.response_complete), before]
             made = self.ids()
             self.scope["extensions"][IDS] = made  # type: ignore[assignment]
             cycle.default_headers = [*cycle.default_headers, (b"x-request-id", made.request_id), (b"traceparent", made.traceparent)]
@@ -243,11 +232,11 @@ class Connection(HttpToolsProtocol):
     def refuse(self, error: OrchestratorError, anthropic: bool, given: Ids) -> None:
         """The answer of an exchange whose engine gave none."""
         if not self.transport.is_closing():
-            self.transport.write(_whole(error, self.server_state.default_headers, anthropic, given))
+            self.transport.write(whole(error, self.server_state.default_headers, anthropic, given))
             self.transport.close()
 
     def _end_head(self) -> None:
-        self._refused = _head_too_large()
+        self._refused = head_too_large(MOST_HEADERS, HEAD_BYTES)
         raise ValueError  # ends the parser; send_400_response follows
 
     def send_400_response(self, msg: str) -> None:
@@ -269,7 +258,7 @@ class Connection(HttpToolsProtocol):
         if self.scope["method"] != "GET":
             self._refuse(BadRequest("A WebSocket begins with a GET.", code="bad_http"))
         elif max(len(name) + len(value) for name, value in self.headers) > LINE_BYTES or len(self.url) > LINE_BYTES:
-            self._refuse(_head_too_large())
+            self._refuse(head_too_large(MOST_HEADERS, HEAD_BYTES))
         else:
             super().handle_websocket_upgrade()
 
@@ -282,7 +271,7 @@ class Connection(HttpToolsProtocol):
             self._since = now  # it is we who do not read
         elif self._in_head or self._in_body:
             if now - self._since > SLOW_S and self._begun:
-                self._refuse(_too_slow())
+                self._refuse(too_slow(SLOW_S))
             elif now - self._since > SLOW_S:
                 self.transport.close()
         elif self.cycle.response_complete and self.timeout_keep_alive_task is None and now - self._since > KEEP_ALIVE_S:
@@ -297,12 +286,13 @@ class Connection(HttpToolsProtocol):
                 self.transport.close()
                 return
             cycle.disconnected = True
+            cycle.waiting_for_100_continue = False  # nothing may be written any more
             cycle.message_event.set()
         self._unset_keepalive_if_required()
         self._held = None
         self._is_refused, self._since = True, self.loop.time()
         self.flow.resume_reading()
-        self.transport.write(_whole(error, self.server_state.default_headers))
+        self.transport.write(whole(error, self.server_state.default_headers))
         self.transport.write_eof()
 
     def pause_writing(self) -> None:
@@ -314,6 +304,9 @@ class Connection(HttpToolsProtocol):
         self.peer.full(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in self._ahead:  # of several requests in one write uvicorn tells the last one only
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
         self.peer.left()
 
@@ -323,32 +316,3 @@ Direct = Callable[[Connection, bytes], Cycle | None]
 
 def _without_offer(connection: bytes) -> bytes:
     return b", ".join(word.strip() for word in connection.split(b",") if word.strip().lower() not in OFFER)
-
-
-def _whole(error: OrchestratorError, headers: list[tuple[bytes, bytes]], anthropic: bool = False, given: Ids | None = None) -> bytes:
-    """An answer, of a connection that is closed after it."""
-    own = given or ids(None, None)
-    body = error_body.body(error, anthropic, own.request_id)
-    says = [(name.encode(), value.encode()) for name, value in error_body.headers(error).items()]
-    ours = [(b"x-request-id", own.request_id), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-    if given is not None:
-        ours.append((b"traceparent", own.traceparent))
-    if anthropic:
-        ours.append((b"request-id", own.request_id))
-    lines = [b"HTTP/1.1 %d %b" % (error.status, HTTPStatus(error.status).phrase.encode())]
-    lines += [b"%b: %b" % pair for pair in (*headers, *says, *ours)]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def _head_too_large() -> BadRequest:
-    error = BadRequest(
-        f"The head of the request is too large: at most {MOST_HEADERS} headers and {HEAD_BYTES} bytes.", code="head_too_large"
-    )
-    error.status = 431
-    return error
-
-
-def _too_slow() -> BadRequest:
-    error = BadRequest(f"The rest of the request did not come within {SLOW_S:.0f} s.", code="request_too_slow")
-    error.status = 408
-    return error

@@ -9,10 +9,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from orchestrator.api import error_body
-from orchestrator.api.connection import Connection, Ids
+from orchestrator.api.connection import STATUS_LINE, Connection
+from orchestrator.api.ids import Ids
 from orchestrator.api.routes import Route
 from orchestrator.api.upstream import Answer, Upstream
 from orchestrator.api.usage import Meter

@@ -14,8 +14,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
-from orchestrator.api.connection import CLIENT, IDS, Client, Connection, Ids
+from orchestrator.api.connection import CLIENT, Client, Connection
 from orchestrator.api.exchange import UNBUFFERED, Exchange
+from orchestrator.api.ids import IDS, Ids
 from orchestrator.api.progress import Progress
 from orchestrator.api.responses import Made, Naming, Responses
 from orchestrator.api.routes import DIRECT, RESPONSES, Route

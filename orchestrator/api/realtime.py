@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from orchestrator.api import asking, error_body, usage
-from orchestrator.api.connection import Ids, ids
+from orchestrator.api.ids import Ids, ids
 from orchestrator.api.talk import MESSAGE_BYTES, Heard, Left, Talk
 from orchestrator.control.keys import Keys, Usage
 from orchestrator.control.traffic import Ask, Asker, Traffic

@@ -8,6 +8,7 @@ from functools import partial
 import uvicorn
 
 from orchestrator.api.connection import KEEP_ALIVE_S, Connection, Direct
+from orchestrator.api.websocket import WebSocket
 
 STOP_S = 3  # open streams of the admin API are cut after this
 TICK_S = 1.0  # how often the Date header is made anew, and connections are looked at
@@ -22,7 +23,7 @@ class Server(uvicorn.Server):
                 app,  # type: ignore[arg-type]
                 loop="uvloop",
                 http=partial(Connection, direct=None if access_log else direct),  # type: ignore[arg-type]
-                ws="websockets-sansio",
+                ws=WebSocket,
                 ws_per_message_deflate=False,  # a small frame may not become a large one here
                 lifespan="off",
                 access_log=access_log,

@@ -9,7 +9,7 @@ import msgspec
 from starlette.types import Message, Receive, Send
 
 from orchestrator.api import error_body
-from orchestrator.api.connection import Ids
+from orchestrator.api.ids import Ids
 from orchestrator.errors import BadRequest, OrchestratorError
 
 MESSAGE_BYTES = 16 << 20  # uvicorn's bound too

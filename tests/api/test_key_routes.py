@@ -161,7 +161,7 @@ async def test_a_key_sees_and_uses_its_models_alone(folder: Path) -> None:
         answers.append(await at.get("/v1/models/two", only))
         for answer in answers:
             assert (answer.status, answer.error["code"], answer.error["param"]) == (403, "model_not_allowed", "model")
-            assert answer.error["type"] == "invalid_request_error"
+            assert answer.error["type"] == "permission_error"
         known = await refused(at, free, model="none")
         assert (known.status, known.error["code"]) == (404, "model_not_found")
         assert all("two" not in answer.error["message"].replace("'two'", "") for answer in answers)

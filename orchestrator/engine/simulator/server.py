@@ -135,6 +135,11 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=error.status)
 
 
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """A field of another type than it should be: vLLM's models refuse it before anybody looks."""
+    return await _on_bad_request(request, BadRequest(f"1 validation error: {error}"))
+
+
 async def _on_internal(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(str(error), "InternalServerError", 500), status_code=500)
 
@@ -145,6 +150,7 @@ async def _on_missing(request: Request, error: Exception) -> Response:
 
 _HANDLERS: dict[Any, Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {
     BadRequest: _on_bad_request,
+    **dict.fromkeys((AttributeError, OverflowError, TypeError, ValueError), _on_invalid),
     EngineDead: _on_internal,
     CallFailed: _on_internal,
     404: _on_missing,
