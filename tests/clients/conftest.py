@@ -6,6 +6,7 @@ An engine's step of 10 ms is what makes a stream last long enough to be left, he
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import anthropic
 import openai
@@ -37,6 +38,29 @@ def model(daemon: Daemon) -> str:
 def base(daemon: Daemon) -> str:
     """Without /v1, as Anthropic's SDK wants it."""
     return daemon.url.removesuffix("/v1")
+
+
+class Guarded(NamedTuple):
+    """A daemon that asks for keys, with a model that `key` may not use."""
+
+    url: str
+    model: str
+    key: str
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[Guarded]:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="o-", ignore_cleanup_errors=True) as folder:
+        made = Daemon(Path(folder), ORCH_KEYS__REQUIRED="always")
+        try:
+            made.start()
+            for name in ("its", "others"):
+                made.add(made.name(name), "--no-start")
+            created = made.ctl("keys", "create", "one", "--model", made.name("its"))
+            assert created.returncode == 0, created.stderr
+            yield Guarded(made.url, made.name("others"), created.stdout.strip())
+        finally:
+            made.close()
 
 
 @pytest.fixture

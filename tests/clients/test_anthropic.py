@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import anthropic
 import pytest
 
-from tests.clients.conftest import MAX_BODY
+from tests.clients.conftest import MAX_BODY, Guarded
 from tests.clients.holding import full
 from tests.e2e.running import Daemon
 
@@ -36,7 +36,7 @@ def test_counted_tokens(by_anthropic: anthropic.Anthropic, model: str) -> None:
     assert by_anthropic.messages.count_tokens(model=model, messages=ASK).input_tokens == 5
 
 
-def test_what_is_refused(by_anthropic: anthropic.Anthropic, model: str) -> None:
+def test_what_the_daemon_refuses(by_anthropic: anthropic.Anthropic, model: str) -> None:
     def error(kind: type[anthropic.APIStatusError], **given: object) -> tuple[int, str, bool]:
         with pytest.raises(kind) as refused:
             by_anthropic.messages.create(**{"model": model, "max_tokens": 3, "messages": ASK, **given})  # type: ignore[call-overload]
@@ -51,6 +51,16 @@ def test_what_is_refused(by_anthropic: anthropic.Anthropic, model: str) -> None:
     assert error(anthropic.BadRequestError, max_tokens=-1) == (400, "BadRequestError", False)  # the engine's own words
 
 
+def test_a_wrong_key(guarded: Guarded) -> None:
+    def error(key: str, kind: type[anthropic.APIStatusError], says: str) -> None:
+        base = guarded.url.removesuffix("/v1")
+        with anthropic.Anthropic(base_url=base, api_key=key, max_retries=0) as client, pytest.raises(kind, match=says):
+            client.messages.create(model=guarded.model, max_tokens=3, messages=ASK)
+
+    error("sk-none", anthropic.AuthenticationError, "authentication_error")
+    error(guarded.key, anthropic.PermissionDeniedError, "permission_error")
+
+
 @pytest.fixture(scope="module")
 def narrow(daemon: Daemon) -> Iterator[str]:
     name = daemon.name("narrow-a")
@@ -59,12 +69,12 @@ def narrow(daemon: Daemon) -> Iterator[str]:
     daemon.ctl("rm", name)
 
 
-def test_a_full_queue_is_a_rate_limit(by_anthropic: anthropic.Anthropic, daemon: Daemon, narrow: str) -> None:
+def test_a_full_queue(by_anthropic: anthropic.Anthropic, daemon: Daemon, narrow: str) -> None:
     with full(daemon, narrow), pytest.raises(anthropic.RateLimitError, match="rate_limit_error"):
         by_anthropic.messages.create(model=narrow, max_tokens=3, messages=ASK)
 
 
-def test_a_stopped_model_is_overloaded(by_anthropic: anthropic.Anthropic, daemon: Daemon, narrow: str) -> None:
+def test_a_stopped_model(by_anthropic: anthropic.Anthropic, daemon: Daemon, narrow: str) -> None:
     daemon.tell(narrow, "stop")
     daemon.until_state(narrow, "stopped")
     with pytest.raises(anthropic.InternalServerError, match="overloaded_error") as refused:
@@ -73,7 +83,7 @@ def test_a_stopped_model_is_overloaded(by_anthropic: anthropic.Anthropic, daemon
     daemon.tell(narrow, "start")
 
 
-def test_an_engine_that_dies_mid_stream(by_anthropic: anthropic.Anthropic, daemon: Daemon) -> None:
+def test_an_engine_that_dies(by_anthropic: anthropic.Anthropic, daemon: Daemon) -> None:
     name = daemon.name("mortal-a")
     pid = daemon.add(name)["engine"]["pid"]
     with by_anthropic.messages.stream(model=name, max_tokens=4000, messages=ASK) as stream:

@@ -23,19 +23,19 @@ def given(**body: object) -> list[str]:
     return ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
 
-def test_plain(base: str, model: str) -> None:
+def test_chat(base: str, model: str) -> None:
     body = given(model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2)
     assert json.loads(curl(f"{base}/v1/chat/completions", *body))["choices"][0]["message"]["content"] == f"{model} w1 w2"
 
 
-def test_streamed(base: str, model: str) -> None:
+def test_completions(base: str, model: str) -> None:
     events = curl("-N", f"{base}/v1/completions", *given(model=model, prompt="x", max_tokens=3, stream=True)).split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in events[:-2]) == f"{model} w1 w2 w3"
 
 
 @pytest.mark.parametrize("order", ["model first", "file first"])
-def test_a_file(base: str, model: str, tmp_path: Path, order: str) -> None:
+def test_transcriptions(base: str, model: str, tmp_path: Path, order: str) -> None:
     sound = tmp_path / "a.wav"
     sound.write_bytes(b"RIFF" + bytes(100_000))
     words = ["-F", f"model={model}", "-F", f"file=@{sound};type=audio/wav"]
@@ -48,7 +48,7 @@ def test_a_file(base: str, model: str, tmp_path: Path, order: str) -> None:
     assert events[-2] == "data: [DONE]"
 
 
-def test_errors(base: str, model: str) -> None:
+def test_what_the_daemon_refuses(base: str, model: str) -> None:
     answer = curl("-i", f"{base}/v1/completions", *given(model="nobody"))
     assert answer.startswith("HTTP/1.1 404 Not Found")
     assert "x-request-id: " in answer
@@ -68,7 +68,7 @@ def running(daemon: Daemon, model: str) -> int:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_who_leaves_stops_the_engines_work(daemon: Daemon, base: str, model: str, streamed: bool) -> None:
+def test_leaving_stops_the_engines_work(daemon: Daemon, base: str, model: str, streamed: bool) -> None:
     body = given(model=model, prompt="x", max_tokens=4000, stream=streamed)
     asking = subprocess.Popen(["curl", "-sSN", f"{base}/v1/completions", *body], stdout=subprocess.PIPE)
     eventually(lambda: running(daemon, model) == 1, "its engine works")

@@ -12,7 +12,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import BaseModel
 
-from tests.clients.conftest import MAX_BODY
+from tests.clients.conftest import MAX_BODY, Guarded
 from tests.clients.holding import full
 from tests.e2e.running import DEADLINE_S, Daemon, eventually
 
@@ -84,7 +84,7 @@ def test_structured_output_streamed(by_openai: openai.OpenAI, model: str) -> Non
         assert stream.get_final_completion().choices[0].message.parsed == Plan(title="x", hours=0, first=Step(what="x", done=False))
 
 
-def test_completions_and_their_stream(by_openai: openai.OpenAI, model: str) -> None:
+def test_completions(by_openai: openai.OpenAI, model: str) -> None:
     assert by_openai.completions.create(model=model, prompt="x", max_tokens=2).choices[0].text == f"{model} w1 w2"
     chunks = by_openai.completions.create(model=model, prompt="x", max_tokens=2, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == f"{model} w1 w2"
@@ -116,9 +116,7 @@ def test_embeddings(by_openai: openai.OpenAI, model: str) -> None:
         ("/v1/completions/derender", {"tokens": [97]}, "prompt"),
     ],
 )
-def test_routes_that_it_has_no_word_for(
-    by_openai: openai.OpenAI, base: str, model: str, path: str, body: dict[str, object], field: str
-) -> None:
+def test_all_other_routes(by_openai: openai.OpenAI, base: str, model: str, path: str, body: dict[str, object], field: str) -> None:
     answer = by_openai.with_options(base_url=base).post(path, cast_to=object, body={"model": model, **body})
     assert isinstance(answer, dict)
     assert answer[field]
@@ -126,7 +124,7 @@ def test_routes_that_it_has_no_word_for(
         assert [result["index"] for result in answer[field]] == [1]
 
 
-def test_responses_are_made_found_and_gone_on_with(by_openai: openai.OpenAI, model: str) -> None:
+def test_responses(by_openai: openai.OpenAI, model: str) -> None:
     made = by_openai.responses.create(model=model, input="Hello", max_output_tokens=3)
     assert (made.output_text, made.status) == (f"{model} w1 w2 w3", "completed")
     assert by_openai.responses.retrieve(made.id).output_text == made.output_text
@@ -138,7 +136,7 @@ def test_responses_are_made_found_and_gone_on_with(by_openai: openai.OpenAI, mod
     assert by_openai.responses.retrieve(final.id).id == final.id
 
 
-def test_responses_in_the_background_are_cancelled(by_openai: openai.OpenAI, daemon: Daemon, model: str) -> None:
+def test_responses_in_the_background(by_openai: openai.OpenAI, daemon: Daemon, model: str) -> None:
     made = by_openai.responses.create(model=model, input="Hello", max_output_tokens=4000, background=True)
     assert made.status == "queued"
     eventually(lambda: daemon.model(model)["in_flight"] == 1, "it counts as running: its engine does not sleep meanwhile")
@@ -151,7 +149,7 @@ def test_responses_in_the_background_are_cancelled(by_openai: openai.OpenAI, dae
 
 
 @pytest.mark.filterwarnings("ignore:deprecated")
-def test_transcriptions_and_translations(by_openai: openai.OpenAI, model: str) -> None:
+def test_transcriptions(by_openai: openai.OpenAI, model: str) -> None:
     sound = ("a.wav", io.BytesIO(b"\r\n--x\x00\xff" * 20_000))
     assert by_openai.audio.transcriptions.create(model=model, file=sound).text.startswith(f"{model} w1")
     sound[1].seek(0)
@@ -161,7 +159,7 @@ def test_transcriptions_and_translations(by_openai: openai.OpenAI, model: str) -
     assert refused.value.code == "model_not_found"
 
 
-def test_what_the_engine_refuses_is_a_bad_request(by_openai: openai.OpenAI, model: str) -> None:
+def test_what_the_engine_refuses(by_openai: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         by_openai.completions.create(model=model, prompt="x", max_tokens=100_000)
 
@@ -181,6 +179,16 @@ def test_what_the_daemon_refuses(by_openai: openai.OpenAI, base: str, model: str
     assert (large.value.status_code, large.value.code) == (413, "request_too_large")
 
 
+def test_a_wrong_key(guarded: Guarded) -> None:
+    def error(key: str, kind: type[openai.APIStatusError]) -> str | None:
+        with openai.OpenAI(base_url=guarded.url, api_key=key, max_retries=0) as client, pytest.raises(kind) as refused:
+            client.chat.completions.create(model=guarded.model, messages=ASK)
+        return refused.value.code
+
+    assert error("sk-none", openai.AuthenticationError) == "invalid_api_key"
+    assert error(guarded.key, openai.PermissionDeniedError) == "model_not_allowed"
+
+
 @pytest.fixture(scope="module")
 def narrow(daemon: Daemon) -> Iterator[str]:
     name = daemon.name("narrow")
@@ -189,14 +197,24 @@ def narrow(daemon: Daemon) -> Iterator[str]:
     daemon.ctl("rm", name)
 
 
-def test_a_full_queue_is_a_rate_limit(by_openai: openai.OpenAI, daemon: Daemon, narrow: str) -> None:
+def test_a_full_queue(by_openai: openai.OpenAI, daemon: Daemon, narrow: str) -> None:
     with full(daemon, narrow), pytest.raises(openai.RateLimitError) as refused:
         by_openai.completions.create(model=narrow, prompt="x")
     assert refused.value.code == "queue_full"
     assert int(refused.value.response.headers["retry-after"]) >= 1
 
 
-def test_it_tries_again_when_the_queue_was_full(by_openai: openai.OpenAI, daemon: Daemon, narrow: str) -> None:
+def test_a_stopped_model(by_openai: openai.OpenAI, daemon: Daemon, narrow: str) -> None:
+    daemon.tell(narrow, "stop")
+    daemon.until_state(narrow, "stopped")
+    with pytest.raises(openai.InternalServerError) as refused:
+        by_openai.completions.create(model=narrow, prompt="x")
+    assert (refused.value.status_code, refused.value.code) == (503, "model_stopped")
+    daemon.tell(narrow, "start")
+    daemon.until_state(narrow, "ready")
+
+
+def test_a_retry_when_the_queue_was_full(by_openai: openai.OpenAI, daemon: Daemon, narrow: str) -> None:
     refusals = threading.Event()
     patient = by_openai.with_options(max_retries=5)
     inner = patient._client.event_hooks["response"]
@@ -215,7 +233,7 @@ def test_it_tries_again_when_the_queue_was_full(by_openai: openai.OpenAI, daemon
     assert found[0] >= 1
 
 
-def test_it_tries_again_when_its_model_was_not_ready_in_time(by_openai: openai.OpenAI, daemon: Daemon) -> None:
+def test_a_retry_when_its_model_was_not_ready_in_time(by_openai: openai.OpenAI, daemon: Daemon) -> None:
     """It is told at once when to come back, and the model has been started meanwhile."""
     name = daemon.name("slow")
     daemon.add(name, "--env", "SIM_FAULT=slow_start:2")
@@ -260,7 +278,7 @@ def test_an_engine_that_dies(by_openai: openai.OpenAI, daemon: Daemon) -> None:
     daemon.ctl("rm", name)
 
 
-def test_without_a_daemon_it_is_a_connection_error() -> None:
+def test_no_daemon() -> None:
     with openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0) as client, pytest.raises(openai.APIConnectionError):
         client.models.list()
 
