@@ -17,6 +17,7 @@ NAMES = {
     "gpu-first-run": ("bench.gpu_first_run", "two real vLLM engines on one GPU: NVML before, idle, in a burst, after, and gone"),
     "gpu-budgets": ("bench.gpu_budgets", "limits on a GPU: idle memory, grabs by others, starved requests, throughput"),
     "gpu-residency": ("bench.gpu_residency", "cold starts, sleep and wake on a GPU; sixteen models on a card for five, and what is left"),
+    "gpu-survive": ("bench.gpu_survive", "two real engines under load: daemon, server, core … killed or stopped: who heals, and when"),
 }
 
 

@@ -7,9 +7,7 @@ the figure. Then the same with `restart-daemon --keep-engines` under requests: h
 import argparse
 import asyncio
 import json
-import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +17,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from bench import results
-from bench.box import ROOT, Box
+from bench.box import Box
 from bench.demo import QWEN, SHAPES
 from bench.folders import of_shape
 from bench.workloads import Answer, ask, client
@@ -92,18 +90,9 @@ def _settings(names: Sequence[str], source: Path) -> dict[str, str]:
 def _killed(box: Box, names: Sequence[str]) -> dict[str, Any]:
     """One round: killed with a request in each engine, started again, asked until each has answered."""
     url, before = box.url, _launches(box)
-    proc = Path(f"/proc/{box.process.pid}")
-    command = [word.decode() for word in (proc / "cmdline").read_bytes().split(b"\0")[:-1]]
-    environ = dict(pair.split("=", 1) for pair in (proc / "environ").read_bytes().decode().split("\0") if pair)
-
-    def kill() -> None:
-        box.process.send_signal(signal.SIGKILL)
-        box.process.wait()
-
-    fates = asyncio.run(_cut(url, names, kill))
+    fates = asyncio.run(_cut(url, names, box.kill))
     began = time.monotonic()
-    with open(box.folder / "again.log", "ab") as log:
-        box.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+    box.begin()
     back = asyncio.run(_all_back(url, names, began))
     after = _launches(box)
     return {

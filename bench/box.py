@@ -56,7 +56,7 @@ class Box:
         self._samples: list[Sample] = []
         self._paused = False
         self._stop = threading.Event()
-        environ = {
+        self._environ = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "ORCH_DIRS__STATE": str(self.folder / "state"),
@@ -65,13 +65,8 @@ class Box:
             **self.env,
         }
         options = [word for path in self.configs for word in ("--config", str(path))]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.daemon", "serve", *options],
-            cwd=ROOT,
-            env=environ,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._command = [sys.executable, "-m", "orchestrator.daemon", "serve", *options]
+        self.begin()
         try:
             self._until_up()
         except BaseException:
@@ -94,6 +89,15 @@ class Box:
                 self.process.wait()
         self._log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def begin(self) -> None:
+        """Start the daemon: also anew, after kill()."""
+        self.process = subprocess.Popen(self._command, cwd=ROOT, env=self._environ, stdout=self._log, stderr=subprocess.STDOUT)
+
+    def kill(self) -> None:
+        """As the kernel does it: nothing is ended in order."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
 
     @property
     def url(self) -> str:
