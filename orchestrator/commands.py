@@ -1,19 +1,21 @@
-"""orchestratord, the command: serve, check-config, end-engines, schema. Errors become lines and exit codes here and nowhere else."""
+"""orchestratord, the command: serve, check-config, doctor, end-engines, schema. Errors become lines and exit codes here alone."""
 
 import asyncio
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 import uvloop
 
-from orchestrator import __version__, config_errors, daemon, logs, settings
+from orchestrator import __version__, config_errors, daemon, doctor, logs, settings
+from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.sources import Sources
 from orchestrator.errors import ConfigError, OrchestratorError, Problem
+from orchestrator.policy.snapshot import GpuReading
 from orchestrator.settings import Settings
 
 DEFAULT_CONFIG = Path("/etc/orchestrator/orchestrator.yaml")
@@ -72,6 +74,35 @@ def check_config(files: tuple[Path, ...], as_json: bool) -> None:
         click.echo(json.dumps({"problems": []}))
     else:
         click.echo(f"{', '.join(map(str, files)) or 'defaults and environment'}: correct, {len(config.models)} models")
+
+
+@main.command("doctor")
+@CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
+def examine(files: tuple[Path, ...], as_json: bool) -> None:
+    """What of this machine is not as the daemon needs it, each with the mend: GPUs, engine venvs, models, folders, limits.
+
+    As the user that the daemon runs as. Where it runs, `orchestratorctl doctor` asks it. Exit code 1 if anything is bad.
+
+    Example: sudo -u orchestrator orchestratord doctor
+    """
+    with _exit_codes():
+        config = config_errors.load(_files(files), os.environ)
+        findings = doctor.examine(config, _readings, config.gpus.source == "simulated")
+    if as_json:
+        click.echo(json.dumps({"findings": [found.shown() for found in findings]}, indent=2))
+    else:
+        for found in findings:
+            click.echo(f"{found.state:8} {found.about}: {found.what}" + (f"\n{'':8} -> {found.mend}" if found.mend else ""))
+    sys.exit(any(found.state == "bad" for found in findings))
+
+
+def _readings() -> Sequence[GpuReading]:
+    nvml = Nvml()
+    try:
+        return nvml.read()
+    finally:
+        nvml.close()
 
 
 @main.command("end-engines")

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-from orchestrator import __version__, logs
+from orchestrator import __version__, doctor, logs
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
 from orchestrator.api.daemon import DaemonApi
@@ -165,8 +165,12 @@ async def _run(
         logs.set_up(changed.log.level, changed.log.format, config.log.access)
         wake.set()
 
+    def look() -> list[dict[str, str]]:
+        readings = tuple(loop.view.snapshot.gpus.values()) if loop.view else ()
+        return [found.shown() for found in doctor.examine(reload.now, lambda: readings, gpu_source == "simulated")]
+
     reload = Reload(config, files, registry, loop, heed)
-    keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, reload.check, ending.begin_again)
+    keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, reload.check, ending.begin_again, look)
     through = Through(proxy, registry.resolve, loop)
     admin = operators(models.router(), keys_api.router(), daemon_api.router(), through.router())
     boot = time.time()

@@ -1,5 +1,6 @@
-"""The operators' routes to the daemon itself: reload its config files, restart it. What they do is handed in; here it is only told."""
+"""The operators' routes to the daemon itself: reload its files, restart it, look at its machine. What they do is handed in."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,18 +10,26 @@ from orchestrator.errors import ConfigError, SpecError
 
 
 class DaemonApi:
-    """`reload` and `check` raise ConfigError; `restart` is told whether the engines are kept, and returns at once."""
+    """`reload` and `check` raise ConfigError; `restart` is told whether the engines are kept, and returns at once; `examine` blocks."""
 
     def __init__(
-        self, reload: Callable[[], Awaitable[dict[str, Any]]], check: Callable[[], Awaitable[None]], restart: Callable[[bool], None]
+        self,
+        reload: Callable[[], Awaitable[dict[str, Any]]],
+        check: Callable[[], Awaitable[None]],
+        restart: Callable[[bool], None],
+        examine: Callable[[], list[dict[str, str]]],
     ) -> None:
-        self._reload, self._check, self._restart = reload, check, restart
+        self._reload, self._check, self._restart, self._examine = reload, check, restart, examine
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/api/v1")
         router.add_api_route("/reload", self.reload, methods=["POST"])
         router.add_api_route("/restart", self.restart, methods=["POST"], status_code=202)
+        router.add_api_route("/doctor", self.doctor, methods=["GET"])
         return router
+
+    async def doctor(self) -> dict[str, Any]:
+        return {"findings": await asyncio.to_thread(self._examine)}
 
     async def reload(self) -> dict[str, Any]:
         try:

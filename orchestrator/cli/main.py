@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import adapt, change, keys, limit, look, options, plan, residency, screen, service
+from orchestrator.cli import adapt, change, doctor, keys, limit, look, options, plan, residency, screen, service
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -162,6 +162,7 @@ for verb in (
     look.explain,
     look.logs,
     look.status,
+    doctor.doctor,
     keys.keys,
     service.reload,
     service.restart_daemon,

@@ -16,7 +16,7 @@ from .running import DEADLINE_S, environment, run
 from .stub_daemon import StubDaemon, model
 
 RESIDENCY = ("load", "unload", "sleep", "wake", "drain", "pin", "unpin", "plan")
-LOOKS = ("ls", "ps", "describe", "explain", "logs", "status")
+LOOKS = ("ls", "ps", "describe", "explain", "logs", "status", "doctor")
 VERBS = ("add-model", "rm", "start", "stop", *RESIDENCY, "limit", "adapt", *LOOKS, "keys", "reload", "restart-daemon")
 
 
