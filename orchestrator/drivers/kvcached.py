@@ -76,8 +76,17 @@ class Watched:
 
     def _open(self) -> None:
         self.close()
-        self._fd = os.open(self._path, os.O_RDONLY | OPEN)
+        self._fd = _opened(self._path, os.O_RDONLY)
         self._inode = os.fstat(self._fd).st_ino
+
+
+def _opened(path: Path, flags: int) -> int:
+    """Everybody may make files in /dev/shm: one of another user is none of ours, whatever it is called."""
+    fd = os.open(path, flags | OPEN)
+    if os.fstat(fd).st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(f"{path} is another user's")
+    return fd
 
 
 def write_limit(ipc_name: str, limit_bytes: int) -> None:
@@ -126,7 +135,7 @@ class _locked:
         self._path, self._flags, self._lock = SHM / ipc_name, flags, lock
 
     def __enter__(self) -> int:
-        self._fd = os.open(self._path, self._flags | OPEN)
+        self._fd = _opened(self._path, self._flags)
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(self._fd, self._lock | fcntl.LOCK_NB)

@@ -75,6 +75,17 @@ def test_links_are_not_followed(name: str, tmp_path: Path) -> None:
     assert victim.read_bytes() == b"x" * 24
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user, which root alone may")
+def test_another_users_file_is_no_segment(name: str) -> None:
+    path = make(name, 3 * MIB, 2 * MIB, 0)
+    assert kvcached.read(name) is not None
+    os.chown(path, 65534, 65534)
+    watched = kvcached.Watched(name)
+    assert (kvcached.read(name), watched.read(), watched.again()) == (None, None, None)
+    with pytest.raises(PermissionError, match="another user's"):
+        kvcached.write_limit(name, 1)
+
+
 def test_a_lock_is_not_waited_for_for_ever(name: str) -> None:
     path = make(name, 1, 2, 3)
     files = len(os.listdir("/proc/self/fd"))
