@@ -10,6 +10,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -53,6 +54,8 @@ log = logging.getLogger("orchestrator")
 
 DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
 LAST_WORDS_S = 1.0  # a connection was made and its request is on the way: it would be closed as an idle one
+FILES = 65536  # as the service unit allows
+LOGS_S = 5.0  # how often logs are looked at: one system call each
 GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
 
 
@@ -61,6 +64,7 @@ async def serve(config: Settings, files: Sequence[Path]) -> Ending:
     started, where this machine does not allow it."""
     ending = Ending()
     ending.heed_signals()
+    _allow_files()
     handed = systemd.handed_socket()
     async with _house(config) as (store, admin):
         group = sockets.group(config.admin.group, DEFAULT_GROUP)
@@ -93,6 +97,7 @@ async def end_engines(config: Settings) -> int:
 async def _house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.socket]]:
     """The folders, ours alone, the operators' socket and the state."""
     with contextlib.ExitStack() as held:
+        os.umask(0o022)
         for folder, mode in (
             (config.state_dir, 0o750),
             (config.runtime_dir, 0o755),
@@ -100,6 +105,7 @@ async def _house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.so
             (config.logs_dir, 0o750),
         ):
             _make(folder, mode)
+        os.umask(0o077)  # also what engines make, their segments in /dev/shm and what they download, is this user's alone
         held.enter_context(_lock(config.state_dir))
         held.enter_context(_lock(config.runtime_dir))
         admin = held.enter_context(sockets.listen_unix(config.admin_socket))
@@ -188,6 +194,7 @@ async def _run(
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
     tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
     writing = asyncio.create_task(ledger.run(), name="usage")
+    capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max), name="logs")
     gc.collect()
     gc.freeze()  # what is there now stays: no collection needs to look at it again
     gc.set_threshold(GC_EVERY, 20, 20)
@@ -224,6 +231,7 @@ async def _run(
     reconciling.cancel()
     tidying.cancel()
     writing.cancel()
+    capping.cancel()
     await ledger.close()
     upstreams.tidy(())
     await loop.settle()
@@ -256,6 +264,13 @@ async def _tidy(loop: Reconciler, upstreams: Upstreams) -> None:
             await loop.ticked.wait()
         if loop.view is not None:
             upstreams.tidy({i.launch.id for i in loop.view.plan.instances.values() if i.launch})
+
+
+async def _cap_logs(launcher: Launcher, most_bytes: int) -> None:
+    """No log of an engine fills the disk."""
+    while True:
+        await asyncio.sleep(LOGS_S)
+        await launcher.cap_logs(most_bytes)
 
 
 def _feed_systemd(view: View) -> None:
@@ -294,6 +309,7 @@ def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
             env=engine.env,
             args=engine.args,
             stop_grace_s=engine.stop_grace,
+            hang_s=engine.hang_timeout,
             launch_server=engine.launch_server,
         )
         for name, engine in config.engines.items()
@@ -310,6 +326,14 @@ def _make(folder: Path, mode: int) -> None:
         raise StartupError(
             f"{folder}: {error.strerror}: make it writable for this user, or choose another one under dirs in the config"
         ) from None
+
+
+def _allow_files() -> None:
+    """Shells allow 1024 open files: a few hundred clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

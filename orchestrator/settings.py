@@ -96,6 +96,11 @@ class Engine(Section):
     env: dict[str, str] = Field({}, description="Environment of every engine of this venv.")
     args: tuple[str, ...] = Field((), description="vLLM arguments of every engine of this venv.")
     stop_grace: Duration = Field(10.0, description="From SIGTERM to SIGKILL.")
+    hang_timeout: Duration | None = Field(
+        20.0,
+        ge=1.0,
+        description="An engine that does not get on for so long is asked for a token; without one in 10 s it is replaced. null: never.",
+    )
     launch_server: bool = Field(True, description="Fork its engines from a process that has imported vLLM: 4 s to ready instead of 41.")
 
 
@@ -103,6 +108,9 @@ class Log(Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
     format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, json elsewhere.")
     access: bool = Field(False, description="A line for each request.")
+    engine_max: Size = Field(
+        64 * MIB, ge=4096, description="A log of an engine that is larger goes on in an empty file; the part before is kept, one."
+    )
 
 
 def _named(models: object) -> object:

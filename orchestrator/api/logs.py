@@ -21,8 +21,8 @@ async def read(newest: Callable[[], Path | None], tail: int, follow: bool) -> As
         latest = newest()
         if latest is not None and latest != current:
             current, at = latest, 0
-        if current is not None and (block := await asyncio.to_thread(_read_from, current, at)):
-            at += len(block)
+        if current is not None and (found := await asyncio.to_thread(_read_from, current, at))[0]:
+            block, at = found
             yield block
         else:
             await asyncio.sleep(LOG_POLL_S)
@@ -41,10 +41,11 @@ def _tail(path: Path, lines: int) -> tuple[bytes, int]:
     return b"".join(kept[-lines:] if lines else []), end
 
 
-def _read_from(path: Path, at: int) -> bytes:
+def _read_from(path: Path, at: int) -> tuple[bytes, int]:
+    """What comes next, and where that ends. A file that is shorter than it was began anew (drivers/log_files.py)."""
     try:
         with open(path, "rb") as file:
-            file.seek(at)
-            return file.read(LOG_BLOCK)
+            file.seek(at if at <= os.fstat(file.fileno()).st_size else 0)
+            return file.read(LOG_BLOCK), file.tell()
     except FileNotFoundError:
-        return b""
+        return b"", at

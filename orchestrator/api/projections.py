@@ -4,6 +4,7 @@ They change nothing and wait for nothing. Bytes are per GPU unless a name says h
 at each change (`without_clocks`) leaves them out.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from orchestrator.policy.preview import Preview
 from orchestrator.policy.snapshot import EngineSeen, GpuReading, TrafficSeen
 from orchestrator.policy.stored import Event
 
+SECRET = re.compile(r"TOKEN(?!S)|KEY|SECRET|PASS|CREDENTIAL", re.IGNORECASE)  # of a variable's name; not KVCACHED_MAX_CACHED_TOKENS
+HIDDEN = "(hidden)"
 Json = dict[str, Any]
 Models = Mapping[str, Known]
 
@@ -82,7 +85,7 @@ def model(name: str, known: Models, view: View | None, places: Places) -> Json:
         "in_flight": requests.in_flight,
         "waiting": requests.waiting,
         "idle_s": 0.0 if requests.in_flight else (round(now - last_used, 1) if last_used is not None else None),
-        "spec": spec.model_dump(mode="json") if spec else {},
+        "spec": _spec(spec) if spec else {},
         "overrides": dict(registered.overrides) if registered else {},
         "engine": _engine(found, seen, view, places) if view and launch else None,
         "pool": _pool(launch.id, view) if view and launch else None,
@@ -96,6 +99,11 @@ def model(name: str, known: Models, view: View | None, places: Places) -> Json:
         },
         "footprint": _footprint(registered.footprint) if registered else None,
     }
+
+
+def _spec(spec: ModelSpec) -> Json:
+    """Less what its environment must not tell: whoever reads this over a shoulder, or in a ticket, is no operator."""
+    return {**spec.model_dump(mode="json"), "env": {name: HIDDEN if SECRET.search(name) else value for name, value in spec.env.items()}}
 
 
 def _engine(found: Instance, seen: EngineSeen | None, view: View, places: Places) -> Json:

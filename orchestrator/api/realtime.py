@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 
 from orchestrator.api import asking, error_body, usage
 from orchestrator.api.ids import Ids, ids
-from orchestrator.api.talk import MESSAGE_BYTES, Heard, Left, Talk
+from orchestrator.api.talk import MESSAGE_BYTES, POLICY, Heard, Left, Talk
 from orchestrator.control.keys import Keys, Usage
 from orchestrator.control.traffic import Ask, Asker, Traffic
 from orchestrator.errors import EngineDied, OrchestratorError, RouteNotFound
@@ -25,6 +25,7 @@ from orchestrator.errors import EngineDied, OrchestratorError, RouteNotFound
 log = logging.getLogger("orchestrator.realtime")
 
 SILENCE_S = 30.0  # until the first message: who says nothing holds a place of an engine's for nothing
+IDLE_S = 600.0  # in which neither side says anything: its lease keeps the model in GPU memory. Pings do not count, they answer themselves
 OPEN_S, CLOSE_S = 10.0, 2.0  # for an engine's part in the handshakes
 KEY = "openai-insecure-api-key."  # how browsers, which cannot set a header, send one: as a subprotocol
 ASK = Ask(asking.UNBOUNDED_TOKENS, first=0, likely=asking.LIKELY_TOKENS)
@@ -72,7 +73,12 @@ class Realtime:
         hearing = asyncio.create_task(talk.hear(heard))
         serving = asyncio.create_task(self._serve(talk, heard, greeted, model, asker, headers, meter))
         try:
-            await asyncio.wait((hearing, serving), return_when=asyncio.FIRST_COMPLETED)
+            ended: set[asyncio.Task[None]] = set()
+            while not ended and (left_s := IDLE_S - talk.silent_s) > 0:
+                ended, _ = await asyncio.wait((hearing, serving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if not ended:
+                with contextlib.suppress(TimeoutError):  # who does not read either
+                    await asyncio.wait_for(talk.close(POLICY, f"nothing was said for {IDLE_S:.0f} s"), CLOSE_S)
         finally:
             for task in (hearing, serving):
                 task.cancel()
@@ -92,6 +98,7 @@ class Realtime:
     ) -> None:
         async with self._traffic.lease(model, ASK, asker) as launch_id:
             engine = await self._connect(model, launch_id, headers)
+            talk.begin()
             try:
                 if greeted:
                     await engine.recv()
@@ -141,7 +148,7 @@ async def _send_all(talk: Talk, heard: Heard, engine: ClientConnection, silence_
             await engine.send(message)
             message = await heard.get()
     except TimeoutError:
-        await talk.close(1008, f"nothing was said within {silence_s:.0f} s")
+        await talk.close(POLICY, f"nothing was said within {silence_s:.0f} s")
     except ConnectionClosed:
         pass  # who receives from it learns why
 

@@ -58,8 +58,18 @@ class Talk:
 
     def __init__(self, receive: Receive, send: Send, made: Ids, subprotocol: str | None) -> None:
         self._receive, self._send, self._ids, self._subprotocol = receive, send, made, subprotocol
-        self._accepted = self._closed = False
+        self._accepted = self._closed = self._begun = False
         self.code, self.reason = 1000, ""
+        self._said_at = 0.0
+
+    def begin(self) -> None:
+        """It has its engine."""
+        self._begun, self._said_at = True, time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long neither side has said anything; 0 while it waits for its engine."""
+        return time.monotonic() - self._said_at if self._begun else 0.0
 
     async def accept(self) -> None:
         self._accepted = True
@@ -99,6 +109,7 @@ class Talk:
             return
 
     async def pass_on(self, message: str | bytes) -> None:
+        self._said_at = time.monotonic()
         await self._send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
 
     async def refuse(self, error: OrchestratorError) -> None:
@@ -125,6 +136,7 @@ class Talk:
     async def _next(self) -> str | bytes:
         """Raises Left."""
         message: Message = await self._receive()
+        self._said_at = time.monotonic()
         if message["type"] == "websocket.disconnect":
             code = int(message.get("code") or 1005)
             if not self._closed:

@@ -126,7 +126,7 @@ class Account(Caller):
         """The same for one that does not exist."""
         names = ", ".join(sorted(self._models or ()))
         return Forbidden(
-            f"The key {self.client!r} may not use the model {model!r}. It may use: {names}", param="model", code="model_not_allowed"
+            f"The key {self.client!r} may not use the model {model[:128]!r}. It may use: {names}", param="model", code="model_not_allowed"
         )
 
 

@@ -25,6 +25,7 @@ from orchestrator.policy.stored import Stored
 from orchestrator.policy.units import show_bytes
 
 LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
+LONGEST_NAME = 128  # policy/model.py, NAME
 RUNTIME_FIELDS = (*LIMIT_FIELDS, "pinned", "adapters")
 
 
@@ -155,6 +156,8 @@ class Registry:
     def resolve(self, name: str) -> str:
         """The model that a name, an alias or an adapter's name means. Raises ModelNotFound, which lists what there is."""
         model = self._by_name.get(name)
+        if model is None and len(name) > LONGEST_NAME:  # to look for the nearest takes a second for 8 MiB
+            raise ModelNotFound(f"The model {name[:LONGEST_NAME]!r}… does not exist: no name is that long.", param="model")
         if model is None:
             near = difflib.get_close_matches(name, self._by_name, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -42,6 +42,8 @@ class Run:
     adopted: bool = False
     phase: str = "spawning"
     error: str | None = None
+    hindered: bool = False  # its error is that the daemon could not start it, and nothing of its own
+    hangs: bool = False
     started_at: float = field(default_factory=time.monotonic)
     capacity_bytes: int = 0
     bundle_bytes: int = 0
@@ -57,6 +59,7 @@ class Run:
     tasks: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     unwatch: Callable[[], None] = lambda: None
     api: EngineApi | None = None
+    undying: str = ""
     facts: tuple[object, ...] = ()
     last_seen: EngineSeen | None = None
 
@@ -93,6 +96,9 @@ class Run:
             self.host_bytes,
             self.sleep_s,
             self.wake_s,
+            False,
+            self.hindered,
+            self.undying,
         )
         if self.last_seen is None or facts != self.facts:
             self.facts, self.last_seen = facts, EngineSeen(*facts)
@@ -137,7 +143,8 @@ class Run:
     def read_log(self) -> None:
         try:
             with open(self.log, "rb") as file:
-                self.log_at = max(self.log_at, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+                size = os.fstat(file.fileno()).st_size
+                self.log_at = max(0 if size < self.log_at else self.log_at, size - TAIL_BYTES)  # it is smaller where it was begun anew
                 file.seek(self.log_at)
                 text = file.read(TAIL_BYTES)
         except OSError:

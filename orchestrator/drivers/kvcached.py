@@ -80,7 +80,7 @@ class Watched:
         self._inode = os.fstat(self._fd).st_ino
 
 
-def _opened(path: Path, flags: int) -> int:
+def _opened(path: "str | Path", flags: int) -> int:
     """Everybody may make files in /dev/shm: one of another user is none of ours, whatever it is called."""
     fd = os.open(path, flags | OPEN)
     if os.fstat(fd).st_uid != os.geteuid():

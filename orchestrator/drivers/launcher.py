@@ -6,6 +6,7 @@ decides: bring-up and take-down are fixed sequences that report only by being lo
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import httpx2
 
-from orchestrator.drivers import engine_run, kvcached, leftovers, processes, upkeep, vllm
+from orchestrator.drivers import engine_run, kvcached, leftovers, log_files, processes, pulse, upkeep, vllm
 from orchestrator.drivers.engine_run import Run
 from orchestrator.drivers.launch_control import NoFork
 from orchestrator.drivers.launch_server import LaunchServers
@@ -35,6 +36,8 @@ POLL_S = 0.1
 HEALTH_POLL_S = 0.02  # somebody waits for it; a look at a socket that nobody listens at takes 0.3 ms
 SEGMENT_TIMEOUT_S = 10.0  # kvcached makes its segment before the server answers; a plain vLLM never does
 SERVED_S = 20.0  # a busy API server answers /health in a second; one that does not answer for this long hangs
+LONG_S = 10.0  # SIGKILL takes milliseconds, 4 s where a driver unmaps a whole card
+HINDRANCES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 KEPT_LOGS = 5  # of earlier launches of the same model
 
 
@@ -162,6 +165,13 @@ class Launcher:
         """The newest log of a model, also of an engine that is over."""
         return max(self._logs.glob(f"{_log_stem(model)}.*.log"), key=lambda path: path.stat().st_mtime, default=None)
 
+    async def cap_logs(self, most_bytes: int) -> None:
+        """Have each log of more than that begin anew, those of engines that were adopted too: see log_files.py."""
+        begun = await asyncio.to_thread(log_files.cap, self._logs, most_bytes)
+        for run in self._runs.values():
+            if run.log in begun:
+                run.log_at = 0
+
     def warm(self, venvs: Iterable[str]) -> None:
         """Have the launch servers of these venvs import before the first launch."""
         self._servers.warm(venvs)
@@ -180,10 +190,18 @@ class Launcher:
             if run.process is None:
                 await self._spawn(run)
             await self._until_ready(run)
-        except (EngineFailed, OSError) as error:
+        except StoreError as error:
+            run.hindered = True
+            run.fail(str(error))
+        except OSError as error:
+            run.hindered = run.process is None and error.errno in HINDRANCES
+            run.fail(str(error))
+        except EngineFailed as error:
             run.fail(str(error))
         except httpx2.HTTPError as error:
             run.fail(f"its API failed while it was being checked: {type(error).__name__}: {error}")
+        else:
+            self._feel_pulse(run)
 
     async def _spawn(self, run: Run) -> None:
         launch = run.launch
@@ -200,7 +218,8 @@ class Launcher:
         process, child = await self._process(run, venv)
         run.started_at = time.monotonic()  # what it shows of its start is learned: the launch server's imports are no part of it
         run.has(process, child)
-        await self._records.put_engine(launch.id, run.record())
+        with contextlib.suppress(StoreError):  # the intent is written: the next daemon finds it by its log
+            await self._records.put_engine(launch.id, run.record())
         self._notify()
 
     async def _process(self, run: Run, venv: EngineVenv) -> tuple[Process, Child | None]:
@@ -269,6 +288,12 @@ class Launcher:
                 raise EngineFailed(run.how_it_ended())
             await asyncio.sleep(POLL_S)
 
+    def _feel_pulse(self, run: Run) -> None:
+        venv = self._venvs.get(run.launch.spec.engine)
+        hang_s = venv.hang_s if venv is not None else vllm.HANG_S
+        if hang_s is not None:
+            run.begin("pulse", lambda run: pulse.watch(run, hang_s))
+
     def _kvctl(self, run: Run) -> Path | None:
         """The tool that is to write its limits, if any is."""
         venv = self._venvs.get(run.launch.spec.engine)
@@ -281,12 +306,12 @@ class Launcher:
         self._logs.mkdir(parents=True, exist_ok=True)
         old = sorted(self._logs.glob(f"{_log_stem(model)}.*.log"), key=lambda path: path.stat().st_mtime)
         for path in old[: -KEPT_LOGS or None]:
-            path.unlink(missing_ok=True)
+            log_files.remove(path)
 
     # ---- from the first signal to nothing left --------------------------------------------------------------------
 
     async def _take_down(self, run: Run) -> None:
-        await run.cancel("bring up", "apply limit", "trim", "repair", "sleep", "wake")
+        await run.cancel("bring up", "pulse", "apply limit", "trim", "repair", "sleep", "wake")
         if run.api is not None:
             await run.api.close()
         if run.process is not None:
@@ -304,18 +329,27 @@ class Launcher:
         self._notify()
 
     async def _end_session(self, run: Run, process: Process) -> None:
-        """SIGTERM to all of it, then SIGKILL until nobody is left: SIGKILL of an API server alone would orphan its EngineCore."""
+        """SIGTERM to all of it, then SIGKILL until nobody is left: SIGKILL of an API server alone would orphan its EngineCore.
+
+        One that hangs has nothing to finish. One that SIGKILL does not end (the kernel's state D) is waited for: its memory is not back.
+        """
         grace_s = self._venvs[run.launch.spec.engine].stop_grace_s if run.launch.spec.engine in self._venvs else 10.0
-        kill_at = time.monotonic() + grace_s
+        kill_at = time.monotonic() + (0.0 if run.hangs else grace_s)
         number = signal.SIGTERM
         sent_at = -1e9
+        undying: frozenset[int] = frozenset()
         while True:
             left = await asyncio.to_thread(processes.members, process)
             run.pids = run.pids | left  # NVML may show a dead process for seconds
             # A leader whose main thread has ended looks like a zombie while its other threads run: it is over when it can be reaped.
             reaped = run.child is None or run.child.poll() is not None
             if not left and reaped:
+                run.undying = ""
                 return
+            if left != undying and time.monotonic() > kill_at + LONG_S:
+                undying, run.undying = left, ", ".join(map(processes.who_and_how, sorted(left)))
+                log.error("%s: SIGKILL does not end %s: what they hold counts as used until they end", run.model, run.undying)
+                self._notify()
             if number is signal.SIGTERM and time.monotonic() >= kill_at:
                 number, sent_at = signal.SIGKILL, -1e9
             if sent_at < 0 or (number is signal.SIGKILL and time.monotonic() - sent_at > 1.0):

@@ -198,6 +198,15 @@ def who(pid: int) -> str:
         return f"pid {pid}"
 
 
+def who_and_how(pid: int) -> str:
+    """A process that should have ended, and why it may not: the kernel's letter for its state, and where it waits in the kernel."""
+    found = _stat(pid)
+    waits = ""
+    with contextlib.suppress(OSError):  # for root alone
+        waits = Path(f"/proc/{pid}/wchan").read_text().strip("0")
+    return f"pid {pid} (state {found[0] if found else '?'}{f', in {waits}' if waits else ''})"
+
+
 def on_exit(process: Process, notify: Callable[[], None]) -> Callable[[], None]:
     """Call `notify` once when the process ends, child or not. Returns what cancels it. Fires at once if it has ended already."""
     loop = asyncio.get_running_loop()

@@ -19,6 +19,7 @@ SERVE = Path(__file__).parent.parent / "engine/vllm/serve.py"
 LAUNCH_SERVER = SERVE.with_name("launch_server.py")
 SIMULATOR = "orchestrator.engine.simulator"
 SLEEP_TIMEOUT_S = 300.0
+HANG_S = 20.0
 
 # What an engine may inherit. Not here: VLLM_* and KVCACHED_* (a stray VLLM_PORT breaks a start), PYTHON*, MASTER_*, RANK*,
 # PROMETHEUS_MULTIPROC_DIR (engines would mix their metrics), CUDA_VISIBLE_DEVICES.
@@ -47,6 +48,7 @@ class EngineVenv:
     env: Mapping[str, str] = field(default_factory=dict)
     args: Sequence[str] = ()
     stop_grace_s: float = 10.0
+    hang_s: float | None = HANG_S  # drivers/pulse.py; None: a hang is never looked for
     launch_server: bool = False  # fork engines from a process that has imported vLLM (drivers/launch_server.py)
 
 
@@ -124,9 +126,15 @@ def environment(launch: Launch, venv: EngineVenv, folder: Path, inherited: Mappi
 assert all(key.startswith("KVCACHED_") for key in TUNABLE_ENV)
 
 
+_TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total\{.*\} (\S+)$", re.MULTILINE)
+
+
 def phase_in(line: str) -> str | None:
     """The phase that a log line shows to have been reached, or None."""
     return next((phase for pattern, phase in _PHASE_LINES if pattern.search(line)), None)
+
+
+NO_ANSWER = (httpx2.HTTPError, LookupError, ValueError)  # what a call raises that got none, or one that says nothing
 
 
 class EngineApi:
@@ -159,6 +167,13 @@ class EngineApi:
         if answer.status_code == 404:
             answer = await self._http.post("/tokenize", json={"model": name, "prompt": "1"})
         answer.raise_for_status()
+
+    async def tokens(self) -> float | None:
+        """Read and made so far, for all requests together; None where its figures are turned off (--disable-log-stats)."""
+        answer = await self._http.get("/metrics")
+        answer.raise_for_status()
+        found = _TOKENS.findall(answer.content)
+        return sum(map(float, found)) if found else None
 
     async def reset_prefix_cache(self) -> None:
         (await self._http.post("/reset_prefix_cache")).raise_for_status()

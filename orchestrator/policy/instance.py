@@ -67,6 +67,7 @@ class Failure:
     log: tuple[str, ...]
     at: float
     was_ready: bool  # it had served: then its last words are no proof of a mistake in the spec
+    hindered: bool = False  # the daemon could not start it: not counted, and tried until it can
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from orchestrator.policy.actions import Action, Learn, Stop
 from orchestrator.policy.footprint import Footprint
 from orchestrator.policy.instance import Failure, Instance, State, Then
 from orchestrator.policy.model import ModelSpec
-from orchestrator.policy.restart import STABLE_S, Retry, after_failure
+from orchestrator.policy.restart import STABLE_S, Retry, after_failure, after_hindrance
 from orchestrator.policy.snapshot import EngineSeen, Snapshot, TrafficSeen
 
 NEVER = -1e9  # on the loop's clock
 RETURN_TIMEOUT_S = 60.0  # NVML shows a killed 7B engine's memory for 4 s (H200); after this long we stop waiting for it
 SLEEP_TIMEOUT_S = 300.0  # the first sleep pins host memory: 11 to 20 s for 15 GB (H200)
 WAKE_TIMEOUT_S = 120.0  # 0.33 s for 15 GB
+UNDYING = "; SIGKILL does not end "
 ASLEEP_TIMEOUT_S = 10.0  # after it says that it sleeps NVML must show less
 
 
@@ -107,9 +108,12 @@ def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rul
     seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
     match instance.state:
         case State.STOPPED if want is Want.READY:
-            return instance.to(State.WAITING, now, why, failures=0), []
+            if _forgiven(instance, known, now):
+                return instance.to(State.WAITING, now, why, failures=0), []
+            if now >= instance.retry_at:
+                return instance.to(State.WAITING, now, why), []
         case State.WAITING if want is not Want.READY:
-            return instance.to(State.STOPPED, now, why, reserved=False), []
+            return instance.to(State.STOPPED, now, why, reserved=False, retry_at=0.0), []
         case State.STARTING:
             return _starting(instance, known, seen, snapshot, want, why)
         case State.READY:
@@ -126,13 +130,20 @@ def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rul
             if want is not Want.READY:
                 return instance.to(State.STOPPED, now, why), []
             if now >= instance.retry_at or (known and known.started_at > instance.since):
-                return instance.to(State.WAITING, now, f"trying again after {instance.failures} failures"), []
+                again = f" after {instance.failures} failures" if instance.failures else ""
+                return instance.to(State.WAITING, now, f"trying again{again}"), []
         case State.FAILED:
             if known is None or known.held:
                 return instance.to(State.STOPPED, now, why), []
             if known.started_at > instance.since:
                 return instance.to(State.WAITING, now, "started by an operator", failures=0, failure=None), []
     return instance, []
+
+
+def _forgiven(instance: Instance, known: Known | None, now: float) -> bool:
+    """One that failed lately begins where it left off when somebody asks again: impatient users are no reason to start it without end."""
+    by_hand = known is not None and known.started_at > instance.since
+    return instance.failure is None or by_hand or now - instance.failure.at > STABLE_S
 
 
 def _starting(
@@ -168,7 +179,7 @@ def _ready(
 ) -> tuple[Instance, list[Action]]:
     assert instance.launch is not None
     if seen is None or not seen.alive or seen.error:
-        return _fail(instance, seen, now, "the engine died", was_ready=True)
+        return _fail(instance, seen, now, _end_of(seen), was_ready=True)
     if want is not Want.READY:
         return instance.to(State.DRAINING, now, why, then=Then.SLEEP if want is Want.ASLEEP else Then.STOP), []
     if known and not known.spec.served_by(instance.launch.spec):
@@ -186,7 +197,7 @@ def _draining(
     now, launch = snapshot.now, instance.launch
     assert launch is not None
     if seen is None or not seen.alive or seen.error:
-        return _fail(instance, seen, now, "the engine died", was_ready=True)
+        return _fail(instance, seen, now, _end_of(seen), was_ready=True)
     if instance.sent_at is not None:
         return _falling_asleep(instance, seen, snapshot)
     if known and known.drained_at >= instance.since and (instance.then is Then.SLEEP or instance.yielded_at is None):
@@ -258,17 +269,24 @@ def _stopping(instance: Instance, seen: EngineSeen | None, snapshot: Snapshot) -
     now, launch = snapshot.now, instance.launch
     assert launch is not None
     if seen is not None and not seen.gone:
-        return instance, []
+        undying = f"{UNDYING}{seen.undying}" if seen.undying else ""
+        return replace(instance, reason=instance.reason.partition(UNDYING)[0] + undying), []
+    instance = replace(instance, reason=instance.reason.partition(UNDYING)[0])
     held = sum(snapshot.held_bytes(launch.id, gpu) for gpu in launch.gpus)
     if held and now - instance.since < RETURN_TIMEOUT_S:
         return instance, []
     if not instance.failing:
         return instance.to(State.STOPPED, now, instance.reason), []
     assert instance.failure is not None
-    answer = after_failure(instance.failures, now, instance.failure.log, instance.failure.was_ready)
+    failure = instance.failure
+    answer = after_hindrance(now) if failure.hindered else after_failure(instance.failures, now, failure.log, failure.was_ready)
     if isinstance(answer, Retry):
         return instance.to(State.BACKOFF, now, f"{instance.reason}; {answer.reason}", failing=False, retry_at=answer.at), []
     return instance.to(State.FAILED, now, f"{instance.reason}; {answer.reason}", failing=False), []
+
+
+def _end_of(seen: EngineSeen | None) -> str:
+    return "the engine died" if seen is None or not seen.alive else "the engine failed"
 
 
 def _fail(instance: Instance, seen: EngineSeen | None, now: float, reason: str, was_ready: bool) -> tuple[Instance, list[Action]]:
@@ -276,6 +294,8 @@ def _fail(instance: Instance, seen: EngineSeen | None, now: float, reason: str, 
     if seen is not None and seen.error:
         reason = f"{reason}: {seen.error}"
     stable = was_ready and now - instance.since > STABLE_S
-    failure = Failure(reason, seen.log_tail if seen else (), now, was_ready)
-    moved = instance.to(State.STOPPING, now, reason, failing=True, failures=1 if stable else instance.failures + 1, failure=failure)
+    hindered = seen is not None and seen.hindered
+    failure = Failure(reason, seen.log_tail if seen else (), now, was_ready, hindered)
+    failures = instance.failures if hindered else 1 if stable else instance.failures + 1
+    moved = instance.to(State.STOPPING, now, reason, failing=True, failures=failures, failure=failure)
     return moved, [Stop(instance.launch.id, instance.model, reason)]

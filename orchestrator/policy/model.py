@@ -42,6 +42,7 @@ OWNED_ARGS = {
     "--enable-sleep-mode": "sleep_level",
     "--lora-modules": "adapters",
     "--worker-extension-cls": "- the daemon's own code answers in the engine",
+    "--hf-token": "- every user of the machine can read arguments; write HF_TOKEN into env",
 }
 OWNED_ENV = (
     "KVCACHED_",
@@ -72,13 +73,26 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_source(source: str) -> str:
+    if source.startswith("-"):
+        raise ValueError(f"{source!r} would be taken for a flag: write a Hub id, or the path of a folder")
+    return check_plain(source)
+
+
+def check_plain(text: str) -> str:
+    """It can be a word of a command line and of a log."""
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has characters that can not be printed: remove them")
+    return text
+
+
 def owned_flag(arg: str) -> str | None:
     """The owned flag that `arg` spells (`--port=1`, `--served_model_name`), or None."""
     if not arg.startswith("-"):
         return None
     flag = arg.split("=", 1)[0]
     flag = flag.replace("_", "-") if flag.startswith("--") else flag
-    if flag in OWNED_ARGS or not flag.startswith("--") or len(flag) < 5:
+    if flag in OWNED_ARGS or not flag.startswith("--") or len(flag) < 4:
         return flag if flag in OWNED_ARGS else None
     return next((owned for owned in OWNED_ARGS if owned.startswith(flag)), None)  # argparse takes `--tensor-parallel` for the whole
 
@@ -150,6 +164,11 @@ class ModelSpec(BaseModel):
     def _name(cls, name: str) -> str:
         return check_name(name)
 
+    @field_validator("source")
+    @classmethod
+    def _source(cls, source: str) -> str:
+        return check_source(source)
+
     @field_validator("aliases")
     @classmethod
     def _aliases(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,6 +185,7 @@ class ModelSpec(BaseModel):
             check_name(name)
             if not source.strip():
                 raise ValueError(f"{name!r} has no source: name its folder or its Hub id")
+            check_source(source)
         return adapters
 
     @field_validator("gpus")
@@ -181,6 +201,8 @@ class ModelSpec(BaseModel):
     @classmethod
     def _args(cls, args: tuple[str, ...]) -> tuple[str, ...]:
         for arg in args:
+            if "\0" in arg:
+                raise ValueError(f"{arg!r} has a zero byte, which no argument can have: remove it")
             if flag := owned_flag(arg):
                 instead = OWNED_ARGS[flag]
                 mend = instead.removeprefix("- ") if instead.startswith("- ") else f"use the field {instead} instead"
@@ -192,7 +214,9 @@ class ModelSpec(BaseModel):
     @field_validator("env")
     @classmethod
     def _env(cls, env: dict[str, str]) -> dict[str, str]:
-        for key in env:
+        for key, value in env.items():
+            if "\0" in value:
+                raise ValueError(f"{key} has a zero byte, which no variable can have: remove it")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"{key!r} is not the name of an environment variable")
             if key.startswith(OWNED_ENV) and key not in TUNABLE_ENV:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MAX_FAILURES = 5  # in a row, before an operator must look
 FIRST_DELAY_S, LONGEST_DELAY_S = 2.0, 60.0
+HINDERED_DELAY_S = 10.0  # a disk that is full stays so until somebody looks
 STABLE_S = 300.0  # a run this long forgives earlier failures: dying after an hour is not dying while loading
 
 # Words in an engine's last lines that no retry mends.
@@ -32,6 +33,11 @@ class Retry:
 @dataclass(frozen=True, slots=True)
 class GiveUp:
     reason: str
+
+
+def after_hindrance(now: float) -> Retry:
+    """The engine has not failed: nobody counts, and nobody gives up."""
+    return Retry(now + HINDERED_DELAY_S, f"no failure of the engine, tried again in {HINDERED_DELAY_S:.0f}s")
 
 
 def after_failure(failures: int, now: float, log: tuple[str, ...], was_ready: bool) -> Retry | GiveUp:

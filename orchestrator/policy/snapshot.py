@@ -47,6 +47,8 @@ class EngineSeen:
     asleep: it said so itself, and until it has woken and answered a token again. host_bytes: pinned host memory, measured when it
     fell asleep; it keeps that until it ends. sleep_s, wake_s: how long it took the last time.
     segment_lost: somebody removed or spoiled its segment, and `segment` is the last one that was seen.
+    hindered: its `error` is that the daemon could not start it (the disk is full), which says nothing of the engine.
+    undying: processes of it that SIGKILL does not end, for people.
     """
 
     launch_id: str
@@ -69,6 +71,8 @@ class EngineSeen:
     sleep_s: float | None = None
     wake_s: float | None = None
     segment_lost: bool = False
+    hindered: bool = False
+    undying: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class FakeEngine:
     immortal: bool = False
     fails: str | None = None
     error: str | None = None
+    hindered: bool = False
     log: tuple[str, ...] = ()
     fixed_bytes: int = 0
     segment: Segment | None = None
@@ -113,6 +114,7 @@ class FakeEngines:
         self.all = gpus.engines
         self.records: list[FakeEngine] = []  # what a former daemon left
         self.forgotten: list[str] = []
+        self.disk_full = False  # each start is hindered
         self.fail_next: list[tuple[str, tuple[str, ...]]] = []  # each start takes one: the error it dies of, and its log
         self.vanishing: set[str] = set()  # launches whose segment is gone when a limit is written
 
@@ -130,6 +132,8 @@ class FakeEngines:
         engine = FakeEngine(launch, next(self._pids), self._clock())
         if self.fail_next:
             engine.fails, engine.log = self.fail_next.pop(0)
+        if self.disk_full:
+            engine.stuck, engine.hindered, engine.error = True, True, "state.db: database or disk is full"
         self.journal.append(f"start {launch.spec.name}")
         self.all[launch.id] = engine
 
@@ -252,6 +256,7 @@ class FakeEngines:
             host_bytes=engine.host_bytes,
             sleep_s=0.5,
             wake_s=0.25,
+            hindered=engine.hindered,
         )
 
 

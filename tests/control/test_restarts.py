@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import ModelUnavailable
 from orchestrator.policy.instance import State
-from orchestrator.policy.restart import MAX_FAILURES
+from orchestrator.policy.restart import MAX_FAILURES, STABLE_S
 from tests.control.fakes import FakeEngine, spec
 from tests.control.world import World, world
 from tests.support.eventually import turns
@@ -31,6 +31,63 @@ async def test_a_crash_backs_off_and_the_engine_comes_back() -> None:
         assert w.states("a") == ["starting", "ready", "stopping", "backoff", "starting", "ready"]
         await request.finish()
         await waiting.finish()
+
+
+async def test_an_engine_that_hangs_is_replaced_and_who_waited_is_served_by_the_next() -> None:
+    async with world(spec("a", max_concurrency=1)) as w:
+        running = await w.ready("a")
+        waiting = w.request("a")
+        first = w.engines["a"]
+        first.error = "EngineCore hangs"  # its process lives, and its API server says that all is well
+        stopping = await w.until("a", State.STOPPING)
+        assert stopping.reason == "the engine failed: EngineCore hangs"
+        await w.until("a", State.BACKOFF)
+        assert waiting.launch_id is None
+        assert not waiting.task.done()  # its place in the queue is kept
+        await running.cancel()  # as the proxy does when the engine's socket closes
+        await w.until("a", State.READY)
+        await turns()
+        assert waiting.launch_id == w.engines["a"].launch.id != first.launch.id
+        await waiting.finish()
+
+
+async def test_an_engine_that_hangs_again_and_again_is_given_up_and_a_stable_period_forgives() -> None:
+    async with world(spec("a", pinned=True, idle_timeout=None)) as w:
+        await (await w.ready("a")).finish()
+        for hangs in (1, 2):
+            await w.until("a", State.READY, ticks=200)
+            w.engines["a"].error = "EngineCore hangs"
+            assert (await w.until("a", State.BACKOFF)).failures == hangs
+        await w.until("a", State.READY, ticks=200)
+        await w.tick(2, seconds=STABLE_S)
+        assert w.instance("a").failures == 0
+        for _ in range(MAX_FAILURES):
+            await w.until("a", State.READY, ticks=200)
+            w.engines["a"].error = "EngineCore hangs"
+            await w.until("a", State.STOPPING)
+        failed = await w.until("a", State.FAILED)
+        assert failed.reason == ("the engine failed: EngineCore hangs; failed 5 times in a row: mend the cause, then start it by hand")
+
+
+async def test_a_full_disk_starts_nobody_and_counts_against_nobody() -> None:
+    async with world(spec("a"), spec("b")) as w:
+        other = await w.ready("b")
+        w.engines.disk_full = True
+        request = w.request("a")
+        for _ in range(2 * MAX_FAILURES):
+            backoff = await w.until("a", State.BACKOFF)
+            assert (backoff.failures, request.task.done()) == (0, False)
+            assert "disk is full; no failure of the engine" in backoff.reason
+            assert w.loop.view is not None
+            assert ("a", "GPU-0") not in w.loop.view.plan.claims  # others may have its memory meanwhile
+            await w.until("a", State.STARTING, ticks=100)
+        assert w.instance("b").state is State.READY
+        w.engines.disk_full = False
+        await w.until("a", State.READY, ticks=200)
+        await turns()
+        assert request.launch_id == w.engines["a"].launch.id
+        await request.finish()
+        await other.finish()
 
 
 async def test_a_start_that_fails_again_and_again_is_given_up_and_an_operator_tries_again() -> None:

@@ -1,6 +1,7 @@
 """Engines as real processes (simulated vLLM on simulated GPUs): from the spawn to ready, and the limits of those that are."""
 
 import asyncio
+import errno
 import stat
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.drivers import kvcached, launcher
+from orchestrator.drivers import kvcached, launcher, processes
 from orchestrator.drivers.vllm import PHASES, EngineVenv
 from orchestrator.policy.units import GIB, MIB
 from tests.support.eventually import eventually
@@ -71,6 +72,39 @@ async def test_the_intent_is_written_before_the_spawn(shop: Workshop) -> None:
     assert "disk I/O error" in await shop.failed(launch)
     assert shop.processes() == []
     await shop.stopped(launch)
+
+
+async def test_a_full_disk_hinders_a_start_and_an_engine_that_runs_goes_on(shop: Workshop) -> None:
+    launch = shop.start()
+    await eventually(lambda: shop.records.kept.get(launch.id), "the intent is written")
+    shop.records.broken = True  # from its pid on
+    await shop.ready(launch)
+    assert await shop.complete(launch) == "tiny"
+    other = shop.start("other")
+    assert "disk I/O error" in await shop.failed(other)
+    assert shop.seen(other).hindered
+    assert not shop.seen(launch).hindered
+    shop.records.broken = False
+    await shop.restart()
+    assert [found.id for found in await shop.launcher.adopt()] == [launch.id]  # found by the log that it writes
+    await shop.ready(launch)
+
+
+async def test_a_log_that_cannot_be_made_hinders_a_start(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(processes, "spawn", spawn)
+    launch = shop.start()
+    assert "No space left on device" in await shop.failed(launch)
+    assert shop.seen(launch).hindered
+
+
+async def test_a_python_that_cannot_run_is_the_engines_own_fault(shop: Workshop) -> None:
+    shop.venvs["default"] = replace(shop.venvs["default"], kind="vllm", python=Path("/bin/nowhere"))
+    launch = shop.start()
+    await shop.failed(launch)
+    assert not shop.seen(launch).hindered
 
 
 async def test_an_engine_that_dies_at_start_shows_its_last_words(shop: Workshop) -> None:

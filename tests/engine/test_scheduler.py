@@ -75,6 +75,22 @@ def test_the_newest_is_preempted_and_resumes_where_it_was() -> None:
     assert young.generated == made + 1
 
 
+def test_a_prompt_in_chunks_takes_its_pages_one_by_one_and_holds_up_the_next() -> None:
+    rig = Rig()
+    scheduler = make(rig)
+    scheduler.prefill_tokens = PAGE_TOKENS
+    big, small = add(scheduler, 1, 3 * PAGE_TOKENS, tokens=2), add(scheduler, 2, 1, tokens=1)
+    used: list[int] = []
+    while big.generated == 0:
+        assert (small.generated, scheduler.generation_tokens) == (0, 0)
+        scheduler.step()
+        used.append(rig.pool.in_use)
+    assert len(used) == len(set(used)) == 3
+    assert used == sorted(used)
+    scheduler.step()
+    assert small.finish_reason == "length"
+
+
 def test_no_more_than_max_num_seqs_run() -> None:
     scheduler = make(Rig(), seqs=2)
     for number in range(3):

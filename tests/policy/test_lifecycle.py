@@ -3,6 +3,7 @@
 A row is one look. Rows need no history, which is the point: how an instance came into its state must not matter.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +44,8 @@ BROKEN = replace(READY, error="two answers in a row were empty", log_tail=("last
 DEAD = replace(LOADING, alive=False, log_tail=("CUDA out of memory",))
 MISTAKEN = replace(DEAD, log_tail=("vllm: error: unrecognized arguments: --foo",))
 GONE = replace(DEAD, gone=True)
+HINDERED = replace(LOADING, phase="spawning", error="disk full", hindered=True)
+UNDYING = replace(DEAD, undying="pid 12 (state D)")
 
 
 def snapshot(seen: EngineSeen | None, traffic: TrafficSeen, processes: Mapping[int, int] | None = None) -> Snapshot:
@@ -80,12 +83,43 @@ DRAINED = replace(KNOWN, drained_at=NOW - 1)
 SLEEPS: dict[str, Any] = {"then": Then.SLEEP}
 SENT: dict[str, Any] = {"then": Then.SLEEP, "sent_at": NOW - 5}
 SLEEPING = replace(READY, asleep=True, sleep_s=0.3, host_bytes=GIB)
-CUT, LATE, BROKE = "as before; 3 requests cut after 60s", "not asleep after 301s", "the engine died: two answers in a row were empty"
+CUT, LATE, BROKE = "as before; 3 requests cut after 60s", "not asleep after 301s", "the engine failed: two answers in a row were empty"
 
 ROWS = [
     Row("nobody wants it", at(S.STOPPED), KNOWN, NOBODY, None, S.STOPPED),
     Row("a request comes", at(S.STOPPED), KNOWN, ASKED, None, S.WAITING, "2 requests"),
     Row("old failures are forgotten", at(S.STOPPED, failures=3), KNOWN, ASKED, None, S.WAITING, "2 requests", fields={"failures": 0}),
+    Row(
+        "it failed lately, and its time has come",
+        at(S.STOPPED, **(FAILING | {"failing": False, "retry_at": NOW})),
+        KNOWN,
+        ASKED,
+        None,
+        S.WAITING,
+        "2 requests",
+        fields={"failures": 1},
+    ),
+    Row("it failed just now", at(S.STOPPED, **(FAILING | {"failing": False, "retry_at": NOW + 1})), KNOWN, ASKED, None, S.STOPPED),
+    Row(
+        "it failed just now, and is started by hand",
+        at(S.STOPPED, **(FAILING | {"failing": False, "retry_at": NOW + 1})),
+        replace(KNOWN, started_at=NOW),
+        NOBODY,
+        None,
+        S.WAITING,
+        "asked for",
+        fields={"failures": 0},
+    ),
+    Row(
+        "it failed long ago",
+        at(S.STOPPED, failures=4, failure=replace(FAILURE, at=NOW - STABLE_S - 1)),
+        KNOWN,
+        ASKED,
+        None,
+        S.WAITING,
+        "2 requests",
+        fields={"failures": 0},
+    ),
     Row("an operator holds it", at(S.STOPPED), HELD, ASKED, None, S.STOPPED),
     Row("an operator starts it", at(S.STOPPED), replace(KNOWN, started_at=NOW), NOBODY, None, S.WAITING, "asked for"),
     Row("it goes on waiting", at(S.WAITING), KNOWN, ASKED, None, S.WAITING),
@@ -136,7 +170,19 @@ ROWS = [
     Row("another weight", at(S.READY), HEAVIER, SERVING, READY, S.READY),
     Row("it died", at(S.READY), KNOWN, SERVING, DEAD, S.STOPPING, "the engine died", True, FIRST),
     Row("it vanished", at(S.READY), KNOWN, SERVING, None, S.STOPPING, "the engine died", True, FIRST),
-    Row("it broke", at(S.READY), KNOWN, SERVING, BROKEN, S.STOPPING, "the engine died: two answers in a row were empty", True, FIRST),
+    Row("it broke", at(S.READY), KNOWN, SERVING, BROKEN, S.STOPPING, BROKE, True, FIRST),
+    Row("it broke draining", at(S.DRAINING), HELD, SERVING, BROKEN, S.STOPPING, BROKE, True, FIRST),
+    Row(
+        "the daemon could not start it",
+        at(S.STARTING, failures=2),
+        KNOWN,
+        ASKED,
+        HINDERED,
+        S.STOPPING,
+        "the engine did not start: disk full",
+        True,
+        {"failing": True, "failures": 2},
+    ),
     Row("dead and unwanted", at(S.READY), HELD, NOBODY, DEAD, S.STOPPING, "the engine died", True, FIRST),
     Row("again too soon", at(S.READY, STABLE_S, failures=2), KNOWN, SERVING, DEAD, S.STOPPING, "the engine died", True, {"failures": 3}),
     Row("after an hour", at(S.READY, 3600.0, failures=2), KNOWN, SERVING, DEAD, S.STOPPING, "the engine died", True, {"failures": 1}),
@@ -160,6 +206,27 @@ ROWS = [
     Row("wanted otherwise, done", at(S.DRAINING), CHANGED, ASKED, READY, S.STOPPING, "as before", True),
     Row("it dies draining", at(S.DRAINING), HELD, SERVING, DEAD, S.STOPPING, "the engine died", True, FIRST),
     Row("processes are left", at(S.STOPPING), KNOWN, ASKED, DEAD, S.STOPPING),
+    Row(
+        "one can not be killed", at(S.STOPPING, 1e6), KNOWN, ASKED, UNDYING, S.STOPPING, "as before; SIGKILL does not end pid 12 (state D)"
+    ),
+    Row(
+        "it ended after all",
+        replace(at(S.STOPPING), reason="as before; SIGKILL does not end pid 12 (state D)"),
+        KNOWN,
+        ASKED,
+        GONE,
+        S.STOPPED,
+    ),
+    Row(
+        "after a full disk",
+        at(S.STOPPING, failing=True, failures=4, failure=replace(FAILURE, hindered=True)),
+        KNOWN,
+        ASKED,
+        GONE,
+        S.BACKOFF,
+        "as before; no failure of the engine, tried again in 10s",
+        fields={"retry_at": NOW + 10, "failing": False, "failures": 4},
+    ),
     Row("all is gone", at(S.STOPPING), KNOWN, ASKED, GONE, S.STOPPED),
     Row("nothing known of it", at(S.STOPPING), KNOWN, ASKED, None, S.STOPPED),
     Row(
@@ -191,6 +258,7 @@ ROWS = [
         S.FAILED,
         "as before; failed 5 times in a row: mend the cause, then start it by hand",
     ),
+    Row("hindered only", at(S.BACKOFF, retry_at=NOW), KNOWN, ASKED, None, S.WAITING, "trying again"),
     Row("not time yet", at(S.BACKOFF, retry_at=NOW + 0.1, failures=2), KNOWN, ASKED, None, S.BACKOFF),
     Row(
         "time",
@@ -401,6 +469,33 @@ def test_a_model_that_never_starts_ends_failed_after_so_many_tries() -> None:
     assert instance.state is S.FAILED
     assert instance.failures == MAX_FAILURES
     assert delays == [2.0, 4.0, 8.0, 16.0]
+
+
+def test_who_asks_and_leaves_does_not_keep_a_broken_model_from_being_given_up() -> None:
+    """Each time it has failed nobody wants it any more, and then somebody asks again."""
+    instance, now, starts = Instance("m"), NOW, list[float]()
+    for _ in range(400):
+        traffic = NOBODY if instance.state is S.BACKOFF else ASKED
+        instance, _ = step(instance, KNOWN, replace(snapshot(replace(GONE, log_tail=()), traffic), now=now), RULES)
+        if instance.state is S.WAITING:
+            instance = instance.to(S.STARTING, now, "its turn", launch=LAUNCH)
+            starts.append(now)
+        now += 0.25
+    assert instance.state is S.FAILED
+    assert len(starts) == MAX_FAILURES
+    assert [round(later - sooner) for sooner, later in itertools.pairwise(starts)] == [2, 4, 8, 16]
+
+
+def test_a_disk_that_is_full_for_a_day_gives_nobody_up() -> None:
+    instance, now = Instance("m"), NOW
+    for _ in range(24 * 3600):
+        seen = GONE if instance.state is S.STOPPING else HINDERED
+        instance, _ = step(instance, KNOWN, replace(snapshot(seen, ASKED), now=now), RULES)
+        assert instance.state is not S.FAILED
+        if instance.state is S.WAITING:
+            instance = instance.to(S.STARTING, now, "its turn", launch=LAUNCH)
+        now += 1.0
+    assert instance.failures == 0
 
 
 def test_bytes_of_an_engine_on_a_gpu_that_is_not_there_do_not_keep_it_stopping() -> None:

@@ -167,8 +167,9 @@ class EngineCore:
         if self._sprung("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)
         self._hung = self._sprung("hang_after")
-        if self._hung:
+        if self._hung or self._faults.get("stall_after") == 0 or self._sprung("stall_after"):
             return
+        self.scheduler.prefill_tokens = int(self._faults.get("prefill_chunk", 0))
         moved = self.scheduler.step()
         self._usage = self._read_usage()
         if moved:

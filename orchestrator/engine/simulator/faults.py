@@ -5,6 +5,8 @@ hang_at_start      never listen                      slow_start:s    load for so
 no_kvcached        plain vLLM: no segment            slow_step:s     seconds for each token
 die_after:n        the core dies as by SIGKILL when the n-th request from now (or a later one) makes its 3rd token
 hang_after:n       the core stops there instead: no tokens, no RPC answers, /health 200; n = 0 is at once
+stall_after:n      no tokens from there on, but the core goes on and answers RPCs; n = 0 is at once
+prefill_chunk:n    prompts are computed n tokens a step, one at a time, as with --max-num-batched-tokens
 ignore_sigterm     both processes ignore SIGTERM     orphan_core     on SIGTERM the API server is killed, the core stays
 error_500          every completion answers 500      wake_oom        wake_up answers 500, out of memory
 sleep_500          /sleep answers 500 with the weights gone: the first request after wake_up kills the core
@@ -12,7 +14,7 @@ sleep_500          /sleep answers 500 with the weights gone: the first request a
 
 from __future__ import annotations
 
-_WITH_VALUE = {"slow_start", "die_after", "hang_after", "slow_step"}
+_WITH_VALUE = {"slow_start", "die_after", "hang_after", "stall_after", "prefill_chunk", "slow_step"}
 _VALUE_OPTIONAL = {"die_at_start"}
 _WITHOUT_VALUE = {
     "oom_at_start",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from multiprocessing.shared_memory import SharedMemory
 
 from .args import EngineArgs
 from .console import Console
@@ -19,6 +20,7 @@ from .segment import Segment, WorkerSockets, segment_name
 from .shapes import Shape
 
 _CONTEXT_BYTES = 512 * 2**20
+_QUEUE_BYTES = 1 << 16
 _PROFILE_BYTES = 2 * 2**30  # measured on an H200 with vLLM 0.24.0: the same for every model size
 _V2_DEFAULT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM")
 _MORE = "See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
@@ -43,6 +45,7 @@ class Loaded:
         self.gpus = self._open_gpus()
         self.segment: Segment | None = None
         self._sockets: WorkerSockets | None = None
+        self._queue: SharedMemory | None = None  # to the workers; a resource tracker removes it where this process is killed
         self.max_model_len = 0
         self.sleeping_bytes = self.weights_bytes  # what sleep gives back, and wake takes again
         self.pool: Pool
@@ -51,6 +54,9 @@ class Loaded:
         """An orderly end: the segment goes, the sockets to the workers stay, as kvcached leaves them."""
         if self.segment is not None:
             self.segment.unlink()
+        if self._queue is not None:
+            self._queue.close()
+            self._queue.unlink()
         self.gpus.close()
 
     def load(self, console: Console) -> None:
@@ -63,6 +69,8 @@ class Loaded:
         if "die_at_start" in faults:
             time.sleep(faults["die_at_start"])
             raise RuntimeError("simulated failure at start")
+        if self.args.tensor_parallel_size > 1:
+            self._queue = SharedMemory(create=True, size=_QUEUE_BYTES)
         self._wait(0.1)
         if not self.env.kvcached:
             self._check_utilization()

@@ -23,12 +23,15 @@ class Job:
     prompt_key: int
     ordinal: int = 0
     generated: int = 0
+    computed: int = 0  # tokens of its prompt, where that is computed in chunks
     blocks: Blocks = field(default_factory=dict)
     finish_reason: str | None = None
 
-    def blocks_needed(self, block_size: int) -> int:
-        """Blocks for all tokens so far and the next one, less those held."""
+    def blocks_needed(self, block_size: int, chunk: int = 0) -> int:
+        """Blocks for all tokens so far and the next one, less those held; while its prompt is computed in chunks, for the next of them."""
         tokens = self.prompt_tokens + self.generated + 1
+        if chunk and self.computed < self.prompt_tokens:
+            tokens = min(tokens, self.computed + chunk)
         return -(-tokens // block_size) - sum(self.blocks.values())
 
 
@@ -80,6 +83,7 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.paused = False
+        self.prefill_tokens = 0  # of one prompt in a step; 0: whole prompts
         self.added = 0
         self.preemptions = 0
         self.prompt_tokens = 0
@@ -122,7 +126,7 @@ class Scheduler:
             return []
         if not self._grow_running():
             self._admit()
-        moved = list(self.running)
+        moved = [job for job in self.running if not self._still_reads(job)]
         for job in moved:
             if job.generated == 0:
                 self.prompt_tokens += job.prompt_tokens
@@ -143,17 +147,28 @@ class Scheduler:
                 continue
             newest = self.running.pop()
             self._release(newest)
+            newest.computed = 0
             self.waiting.appendleft(newest)
             self.preemptions += 1
             preempted = True
         return preempted
 
+    def _still_reads(self, job: Job) -> bool:
+        """Its prompt has had its next chunk, and that was not the last."""
+        chunk = self.prefill_tokens
+        job.computed = min(job.prompt_tokens, job.computed + chunk) if chunk else job.prompt_tokens
+        return job.computed < job.prompt_tokens
+
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_num_seqs and self._take_blocks(self.waiting[0]):
+        while self.waiting and len(self.running) < self._max_num_seqs:
+            if self.prefill_tokens and any(job.computed < job.prompt_tokens for job in self.running):
+                return  # it has the whole step
+            if not self._take_blocks(self.waiting[0]):
+                return
             self.running.append(self.waiting.popleft())
 
     def _take_blocks(self, job: Job) -> bool:
-        need = job.blocks_needed(self._block_size)
+        need = job.blocks_needed(self._block_size, self.prefill_tokens)
         if need <= 0:
             return True
         if need > self.free_blocks():

@@ -68,7 +68,8 @@ class Api:
         return JSONResponse({"version": VERSION})
 
     async def _metrics(self, request: Request) -> Response:
-        return PlainTextResponse(answers.metrics(self._name, self._client.stats))
+        counted = not self._args.non_default.get("disable_log_stats")
+        return PlainTextResponse(answers.metrics(self._name, self._client.stats) if counted else "")
 
     async def _sleep(self, request: Request) -> Response:
         await self._client.call("sleep", int(request.query_params.get("level", "1")))
