@@ -22,7 +22,9 @@ from orchestrator import __version__, doctor, logs
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
 from orchestrator.api.daemon import DaemonApi
+from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.keys import KeysApi
+from orchestrator.api.metrics import Metrics
 from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.peers import Group, Peers
 from orchestrator.api.proxy import Proxy
@@ -30,6 +32,7 @@ from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
 from orchestrator.api.through import Through
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Keys
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
@@ -140,12 +143,13 @@ async def _run(
     registry = Registry(store, sources, config.models.values(), config.engines, rules, versions=lambda engine: versions.get(engine, ""))
     await registry.load()
     launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
-    traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue)
+    counts = Counts()
+    traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue, counts=counts)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     upstreams = Upstreams(launcher.socket)
-    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body)
+    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, counts)
     realtime = Realtime(traffic, registry.resolve, launcher.socket, keys)
-    loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, on_tick=_feed_systemd)
+    loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, _feed_systemd, counts)
 
     about = About(
         listen=lambda: front.url,
@@ -178,10 +182,22 @@ async def _run(
     reload = Reload(config, files, registry, loop, heed)
     keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, reload.check, ending.begin_again, look)
     through = Through(proxy, registry.resolve, loop)
-    admin = operators(models.router(), keys_api.router(), daemon_api.router(), through.router())
+    engine_metrics = EngineMetrics(upstreams, lambda: loop.view)
+    metrics = Metrics(
+        registry,
+        loop,
+        counts,
+        engine_metrics,
+        gpu_source,
+        state_problem=lambda: store.problem,
+        launch_servers=launcher.launch_servers,
+        sleepers_limit=lambda: _rules(reload.now).host_budget_bytes,
+    )
+    admin = operators(models.router(), keys_api.router(), daemon_api.router(), metrics.router(), through.router())
     boot = time.time()
     key = config.admin_key.get_secret_value() if config.admin.tcp and config.admin_key else None
-    users = UsersApp([models_router(registry, loop, lambda: boot, keys)], forwarded(proxy, realtime), admin, key)
+    open_routers = [models_router(registry, loop, lambda: boot, keys), *([metrics.local(key)] if config.metrics.local else [])]
+    users = UsersApp(open_routers, forwarded(proxy, realtime), admin, key)
     front.server = Server(users, config.log.access, proxy.direct)
     servers = [(front.server, front.socket), (Server(operators_app(admin, peers), config.log.access), admin_socket)]
 

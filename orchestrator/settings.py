@@ -47,6 +47,12 @@ class Keys(Section):
     )
 
 
+class Metrics(Section):
+    local: bool = Field(
+        False, description="Serve GET /metrics on listen.host:port too, without a key, to callers on this machine. Else: the admin API's."
+    )
+
+
 class Dirs(Section):
     state: Path | None = Field(
         None, description="The SQLite file. Default: $STATE_DIRECTORY, else /var/lib/orchestrator (root) or ~/.local/state/orchestrator."
@@ -134,6 +140,7 @@ class Settings(BaseSettings):
     listen: Listen = Listen()
     admin: Admin = Admin()
     keys: Keys = Keys()
+    metrics: Metrics = Metrics()
     dirs: Dirs = Dirs()
     gpus: Gpus = Gpus()
     memory: Memory = Memory()

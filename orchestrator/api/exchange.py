@@ -8,6 +8,7 @@ connection an exchange is its cycle: a request that comes behind it waits for it
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 
 from orchestrator.api import error_body
 from orchestrator.api.connection import STATUS_LINE, Connection
@@ -15,7 +16,8 @@ from orchestrator.api.ids import Ids
 from orchestrator.api.routes import Route
 from orchestrator.api.upstream import Answer, Upstream
 from orchestrator.api.usage import Meter
-from orchestrator.errors import EngineDied
+from orchestrator.control.counts import LEFT
+from orchestrator.errors import EngineDied, OrchestratorError
 
 log = logging.getLogger("orchestrator.proxy")
 
@@ -29,12 +31,16 @@ class _Nobody:
     def set(self) -> None: ...
 
 
+# status as it ended, when its stream's first event came (time.monotonic), code of our own error
+Ended = Callable[[int, float | None, str | None], None]
+
+
 class Exchange:
     """`request`: head and body for the engine of `model`."""
 
     __slots__ = (
-        "_answer", "_chunked", "_connecting", "_connection", "_ended", "_ids", "_is_kept", "_meter", "_model", "_request", "_route",
-        "_streams", "_upstream", "disconnected", "keep_alive", "response_complete", "response_started",
+        "_answer", "_begun", "_chunked", "_connecting", "_connection", "_ended", "_first_at", "_ids", "_is_kept", "_meter", "_model",
+        "_request", "_route", "_streams", "_upstream", "disconnected", "keep_alive", "response_complete", "response_started",
     )  # fmt: skip
     message_event = _Nobody()
 
@@ -47,13 +53,14 @@ class Exchange:
         request: tuple[bytes, bytes],
         ids: Ids,
         meter: Meter | None,
-        ended: Callable[[], None],
+        ended: Ended,
     ) -> None:
         self._connection, self._upstream, self._model, self._route = connection, upstream, model, route
         self._request, self._ids, self._meter, self._ended = request, ids, meter, ended
         self._answer: Answer | None = None
         self._connecting: asyncio.Task[Answer] | None = None
-        self._is_kept = self._chunked = self._streams = False
+        self._first_at: float | None = None
+        self._is_kept = self._chunked = self._streams = self._begun = False
         self.response_started = self.response_complete = self.disconnected = False
         self.keep_alive = True
 
@@ -101,14 +108,18 @@ class Exchange:
                 self._not_answered(answer, answer.broke)
         except Exception:
             log.exception("an answer could not be passed on")
-            self._cut()
+            self._cut(error_body.BUG)
 
     def _pass_on(self, answer: Answer) -> None:
-        out = b""
-        if not self.response_started:
-            self.response_started = True
-            out = self._head(answer)
-        data = answer.take()
+        out, data = b"", answer.take()
+        if not self._begun:  # its head and its first part may come one after the other
+            if not self.response_started:
+                self.response_started = True
+                out = self._head(answer)
+            if data:
+                self._begun = True
+                if self._streams:
+                    self._first_at = monotonic()
         if self._chunked:
             if data:
                 out += b"%x\r\n%b\r\n" % (len(data), data)
@@ -119,7 +130,7 @@ class Exchange:
         if out:
             self._connection.peer.write(out)
         if answer.over:
-            self._finish()
+            self._finish(answer.status)
             self._connection.end_exchange(self.keep_alive)
         elif answer.broke is not None:
             self._break_off(answer.broke)
@@ -147,7 +158,7 @@ class Exchange:
 
     # ---- its end ------------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _finish(self, status: int = LEFT, code: str | None = None) -> None:
         """It ended, or its client left: an answer that is not at its end is closed, which tells the engine to stop."""
         if self.response_complete:
             return
@@ -158,7 +169,7 @@ class Exchange:
             self._connecting.cancel()
         if self._answer is not None:
             self._answer.release()
-        self._ended()
+        self._ended(status, self._first_at, code)
 
     def _not_answered(self, answer: Answer, why: str) -> None:
         """A kept connection may have ended in the very moment that it was used: then nothing came back, and it is sent once more."""
@@ -169,19 +180,21 @@ class Exchange:
             self._refuse(why)
 
     def _refuse(self, why: object) -> None:
-        self._finish()
-        self._connection.refuse(self._died(why), self._route.is_anthropic, self._ids)
+        died = self._died(why)
+        self._finish(died.status, died.code)
+        self._connection.refuse(died, self._route.is_anthropic, self._ids)
 
     def _break_off(self, why: str) -> None:
         """Never a silent short success: an event that says so, and an answer without its end."""
+        died = self._died(why)
         if self._streams:
             anthropic = self._route.is_anthropic
-            event = error_body.event(error_body.body(self._died(why), anthropic, self._ids.request_id), anthropic)
+            event = error_body.event(error_body.body(died, anthropic, self._ids.request_id), anthropic)
             self._connection.peer.write(b"%x\r\n%b\r\n" % (len(event), event))
-        self._cut()
+        self._cut(died)
 
-    def _cut(self) -> None:
-        self._finish()
+    def _cut(self, error: OrchestratorError) -> None:
+        self._finish(error.status, error.code)
         self._connection.transport.close()
 
     def _died(self, why: object) -> EngineDied:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import monotonic
 from typing import cast
 
 from starlette.types import Message, Receive, Scope, Send
@@ -16,12 +17,14 @@ from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
 from orchestrator.api.connection import CLIENT, Client, Connection
 from orchestrator.api.exchange import UNBUFFERED, Exchange
+from orchestrator.api.fate import FATE, Fate, failed
 from orchestrator.api.ids import IDS, Ids
 from orchestrator.api.progress import Progress
 from orchestrator.api.responses import Made, Naming, Responses
 from orchestrator.api.routes import DIRECT, RESPONSES, Route
 from orchestrator.api.upstream import Upstreams
 from orchestrator.api.usage import Meter, Watch
+from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.traffic import Traffic
 from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
@@ -38,16 +41,33 @@ DROPPED = OWN_HEADERS | frozenset(
 class Proxy:
     """`resolve`: name or alias -> model, raising ModelNotFound."""
 
-    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], upstreams: Upstreams, keys: Keys, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        traffic: Traffic,
+        resolve: Callable[[str], str],
+        upstreams: Upstreams,
+        keys: Keys,
+        max_body_bytes: int,
+        counts: Counts | None = None,
+    ) -> None:
         self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
         self._responses = Responses()
+        self._count = (counts or Counts()).answered
 
     async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        await _or_error(scope, send, self._any(route, scope, receive, send))
+        await self._counted(scope, send, self._any(route, scope, receive, send))
 
     async def by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
         """To the engine that made that response, also while it sleeps; it needs no lease, and wakes nobody."""
-        await _or_error(scope, send, self._by_id(scope, receive, send))
+        await self._counted(scope, send, self._by_id(scope, receive, send))
+
+    async def _counted(self, scope: Scope, send: Send, work: Awaitable[None]) -> None:
+        fate = scope["extensions"][FATE] = Fate()
+        try:
+            await _or_error(scope, send, work)
+        finally:
+            first_s = None if fate.first_at is None else fate.first_at - fate.since
+            self._count(fate.model, fate.status, monotonic() - fate.since, first_s, fate.usage, fate.code)
 
     async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
         """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
@@ -68,16 +88,17 @@ class Proxy:
         except Exception:
             log.exception("a request could not be read")
             return None
-        launch_id, give_back = self._traffic.take(model, wanted.ask)
+        launch_id, since, give_back = self._traffic.take(model, wanted.ask)
         meter, asked = None, body
         if caller.metered:
             meter, asked = _metered(wanted, body)
         made = connection.ids()
         head = _head(b"POST", b"", connection.headers, made, route.path, len(asked), DROPPED)
 
-        def ended() -> None:
-            give_back()
-            caller.leave(model, meter.usage() if meter else None)
+        def ended(status: int, first_at: float | None, code: str | None) -> None:
+            now, usage = give_back(), meter.usage() if meter else None
+            caller.leave(model, usage)
+            self._count(model, status, now - since, first_at and first_at - since, usage, code)
 
         return Exchange(connection, self._upstreams.of(launch_id), model, route, (head, asked), made, meter, ended)
 
@@ -89,11 +110,14 @@ class Proxy:
         body = await _read_body(headers, receive, self._max_body)
         if body is None:
             return  # the client left
+        fate: Fate = scope["extensions"][FATE]
+        fate.since = monotonic()
         wanted = asking.read(route, headers, body, caller)
         if wanted.previous:
             model = self._responses.of(wanted.previous, _owner(caller)).model
         else:
             model = caller.resolve(self._resolve, wanted.model)
+        fate.model = model
         caller.enter(model)
         meter: Meter | None = None
         try:
@@ -101,7 +125,8 @@ class Proxy:
                 meter, body = _metered(wanted, body)
             await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
         finally:
-            caller.leave(model, meter.usage() if meter else None)
+            fate.usage = meter.usage() if meter else None
+            caller.leave(model, fate.usage)
 
     async def _by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = routes.by_id(scope["method"], scope["path"])
@@ -114,6 +139,7 @@ class Proxy:
         if body is None:
             return
         made = self._responses.of(response_id, _owner(caller))
+        scope["extensions"][FATE].model = made.model
         caller.enter(made.model)
         try:
             forward = self._forward(scope, send, path, made.model, made.launch_id, body, Progress(send, made.model), None)
@@ -152,6 +178,7 @@ class Proxy:
         except OrchestratorError as error:
             if not progress.begun:
                 raise
+            scope["extensions"][FATE].fail(error)
             await progress.end(error)
 
     async def _forward(
@@ -162,6 +189,7 @@ class Proxy:
         dropped = DROPPED | {b"accept-encoding"} if progress.begun else DROPPED
         started = streaming = False
         client: Client = scope["extensions"][CLIENT]
+        fate: Fate = scope["extensions"].setdefault(FATE, Fate())  # an operator's is not counted
         try:
             ids, method = scope["extensions"][IDS], scope["method"].encode()
             head = _head(method, scope["query_string"], scope["headers"], ids, path, len(body), dropped)
@@ -170,6 +198,7 @@ class Proxy:
                 streaming = answer.content_type.startswith(b"text/event-stream")
                 if progress.begun and not streaming:
                     await progress.end_with(b"".join([part async for part in answer.parts()]), answer.status)
+                    fate.status = answer.status
                     return
                 if not progress.begun:
                     headers = [*(h for h in answer.headers if h[0] != b"content-length"), UNBUFFERED] if streaming else answer.headers
@@ -178,20 +207,26 @@ class Proxy:
                     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
                 started = True
                 if streaming:
+                    if first := await answer.read():
+                        fate.first_at = monotonic()
+                        await send({"type": "http.response.body", "body": first, "more_body": True})
                     await answer.relay(client)
                     await send({"type": "http.response.body", "body": b""})
+                    fate.status = answer.status
                     return
                 more = True
                 while more:
                     chunk = await answer.read()
                     more = not answer.whole
                     await send({"type": "http.response.body", "body": chunk, "more_body": more})
+                fate.status = answer.status
             finally:
                 answer.release()
         except OSError as error:
             died = EngineDied(f"The engine of {model!r} broke off the request: {error}.", retry_after_s=5)
             if not started:
                 raise died from error
+            fate.fail(died)
             if streaming:
                 await send({"type": "http.response.body", "body": progress.event(died), "more_body": True})
             # Returning without the last body message makes the server cut the connection: never a silent short success.
@@ -201,9 +236,11 @@ async def _or_error(scope: Scope, send: Send, work: Awaitable[None]) -> None:
     try:
         await work
     except OrchestratorError as error:
+        failed(scope, error)
         await _send_error(scope, send, error)
     except Exception:
         log.exception("a request could not be answered")
+        failed(scope, error_body.BUG)
         await _send_error(scope, send, error_body.BUG)  # raises where the answer had begun: then the server breaks it off
 
 

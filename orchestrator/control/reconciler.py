@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.control.act import act
 from orchestrator.control.calm import Calm
+from orchestrator.control.counts import Counts
 from orchestrator.control.doors import door, shutting_down
 from orchestrator.control.observe import Observer
 from orchestrator.control.ports import Engines, Store
@@ -56,7 +57,9 @@ class Reconciler:
         interval_s: float,
         wake: asyncio.Event,
         on_tick: Callable[[View], None] = lambda view: None,
+        counts: Counts | None = None,
     ) -> None:
+        self._counts = counts or Counts()
         self._registry, self._traffic, self._engines, self._observer = registry, traffic, engines, observer
         self._store, self._rules, self._interval_s, self._wake, self._on_tick = store, rules, interval_s, wake, on_tick
         self._instances: dict[str, Instance] = {}
@@ -85,6 +88,7 @@ class Reconciler:
                 await self.tick()
             except Exception:
                 self._errors += 1
+                self._counts.loop_errors += 1
                 log.exception("the control loop failed in this tick; it goes on")
                 await asyncio.sleep(self._interval_s)
             ticked = clock.time()
@@ -110,6 +114,7 @@ class Reconciler:
         plan = self.view.plan if self.view and self._calm.holds(known, snapshot) else self._decide(known, snapshot)
         self._ticks += 1
         self.view = View(snapshot, plan, self._ticks, self._errors, time.perf_counter() - started)
+        self._counts.looks.add(self.view.took_s)
         self._on_tick(self.view)
         async with self.ticked:
             self.ticked.notify_all()
@@ -119,12 +124,13 @@ class Reconciler:
         plan = decide(known, before, self._pool_memory, snapshot, self._rules, lambda: secrets.token_hex(4), self._aging)
         self._instances, self._pool_memory, self._aging = dict(plan.instances), dict(plan.pool_memory), plan.aging
         act(plan.actions, self._engines, self._registry, self._spawn)
+        self._counts.acted(plan.actions)
         for launch_id in snapshot.engines.keys() - {i.launch.id for i in self._instances.values() if i.launch}:
             if snapshot.engines[launch_id].gone:
                 self._engines.forget(launch_id)
         doors = self._registry.known().keys() | plan.instances.keys()
         self._traffic.publish({name: shutting_down() if self._stopping else door(name, known.get(name), plan, snapshot) for name in doors})
-        self._report(before, plan)
+        self._report(before, plan, snapshot)
         self._calm.decided(known, snapshot, plan)
         return plan
 
@@ -145,7 +151,7 @@ class Reconciler:
         self._note([Event(time.time(), model, kind, reason)])
         self._wake.set()
 
-    def _report(self, before: dict[str, Instance], plan: Plan) -> None:
+    def _report(self, before: dict[str, Instance], plan: Plan, snapshot: Snapshot) -> None:
         """One line and one event for each real change of state, none for what stays."""
         events = []
         for name, instance in plan.instances.items():
@@ -157,8 +163,11 @@ class Reconciler:
             bad = instance.failing or instance.state in (State.BACKOFF, State.FAILED)
             log.log(logging.WARNING if bad else logging.INFO, "%s: %s: %s", name, instance.state, instance.reason)
             events.append(Event(time.time(), name, instance.state.value, instance.reason))
+            seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
+            self._counts.moved(old, instance, adopted=seen is not None and seen.adopted)
         for name in before.keys() - plan.instances.keys():
             log.info("%s: gone", name)
+            self._counts.forget(name)
         if events:
             self._note(events)
             self._wake.set()  # a state that has just been reached may allow the next move at once

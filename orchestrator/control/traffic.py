@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from orchestrator.control.counts import Counts
 from orchestrator.control.queue import Place, Queue
 from orchestrator.control.tally import Arrivals, Largest
 from orchestrator.errors import ModelNotFound, NotInTime, OrchestratorError, QueueFull, WaitTimeout
@@ -118,9 +119,15 @@ class Traffic:
     """`max_wait_s`: how long a request may wait; `max_queue`: how many may, at all doors together (each has its own bound too)."""
 
     def __init__(
-        self, wake: Callable[[], None], max_wait_s: float, clock: Callable[[], float] = time.monotonic, max_queue: int = 4096
+        self,
+        wake: Callable[[], None],
+        max_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        max_queue: int = 4096,
+        counts: Counts | None = None,
     ) -> None:
         self._wake, self._max_wait_s, self._clock, self._max_queue = wake, max_wait_s, clock, max_queue
+        self._counts = counts or Counts()
         self._models: dict[str, _Model] = {}
         self._waiting = 0
 
@@ -171,21 +178,23 @@ class Traffic:
             and (model.in_flight > 0 or model.door.fitting_tokens is None or ask.first <= model.door.fitting_tokens)
         )
 
-    def take(self, name: str, ask: Ask) -> tuple[str, Callable[[], None]]:
-        """A place where takes() said that there is one, without a wait: the launch id to send to, and what gives it back, once."""
+    def take(self, name: str, ask: Ask) -> tuple[str, float, Callable[[], float]]:
+        """A place where takes() said that there is one, without a wait: the launch id to send to, since when it is held, and what gives it
+        back, once, and says when that was."""
         model, now = self._models[name], self._clock()
         launch_id = model.room
         assert launch_id is not None
         model.arrivals.add(now)
         model.enter(ask, now)
-        return launch_id, partial(self._give_back, model, ask)
+        return launch_id, now, partial(self._give_back, model, ask)
 
-    def _give_back(self, model: _Model, ask: Ask) -> None:
+    def _give_back(self, model: _Model, ask: Ask) -> float:
         model.leave(ask)
-        model.last_used = self._clock()
+        model.last_used = now = self._clock()
         self._grant(model)
         if model.in_flight == 0 and (model.door.launch_id is None or self._waiting):
             self._wake()  # a draining model may end now, or one whose room somebody waits for
+        return now
 
     async def _make_room(self, model: _Model, ask: Ask) -> None:
         """This one counts as running already, so the loop sees its need: let it raise the limit first. After ROOM_S, or in company,
@@ -307,6 +316,7 @@ class Traffic:
                 continue
             self._unqueue(model, waiter, served_at=now)
             model.enter(waiter.ask, now)
+            self._counts.of(model.name).waits.add(now - waiter.since)
             waiter.turn.set_result(launch_id)
 
     def _refuse(self, model: _Model, error: OrchestratorError) -> None:

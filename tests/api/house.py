@@ -14,7 +14,9 @@ from typing import Any
 
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.keys import KeysApi
+from orchestrator.api.metrics import Metrics
 from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.peers import Peers
 from orchestrator.api.proxy import Proxy
@@ -22,6 +24,7 @@ from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
 from orchestrator.api.through import Through
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Keys
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
@@ -135,6 +138,7 @@ class House:
     loop: Reconciler
     traffic: Traffic
     upstream: Upstream
+    counts: Counts
 
     async def until(self, happened: Callable[[], object], what: str) -> None:
         """Looked at after each round of the loop (every 50 ms, and when something happens)."""
@@ -195,6 +199,7 @@ async def house(
     key: str | None = None,
     ready: bool = True,
     keys: Keys | None = None,
+    local_metrics: bool = False,
 ) -> AsyncIterator[House]:
     """`specs`: models of the config file. Unless `ready` is False they are up when the house is entered."""
     wake = asyncio.Event()
@@ -209,14 +214,16 @@ async def house(
         models = [ModelSpec.model_validate({"preload": ready, **spec}) for spec in specs]
         registry = Registry(store, Sources({}), models, ["default"], rules)
         await registry.load()
-        traffic = Traffic(wake.set, max_wait_s)
+        counts = Counts()
+        traffic = Traffic(wake.set, max_wait_s, counts=counts)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
         keys = keys or Keys()
         ledger = Ledger(keys, store)
         await ledger.load()
-        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes)
+        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes, counts)
         realtime = Realtime(traffic, registry.resolve, lambda launch_id: str(upstream.path), keys)
-        loop = Reconciler(registry, traffic, engines, Observer(Cards(), engines, traffic.seen, time.monotonic), store, rules, 0.05, wake)
+        observer = Observer(Cards(), engines, traffic.seen, time.monotonic)
+        loop = Reconciler(registry, traffic, engines, observer, store, rules, 0.05, wake, counts=counts)
         about = About(
             listen=lambda: "http://127.0.0.1:1",
             admin_socket=str(folder / "admin.sock"),
@@ -229,7 +236,9 @@ async def house(
         )
         socket_of = lambda launch_id: str(upstream.path)  # noqa: E731
         admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()
-        admin = operators(admin, KeysApi(ledger, registry.resolve, nothing).router(), Through(proxy, registry.resolve, loop).router())
+        metrics = Metrics(registry, loop, counts, EngineMetrics(upstreams, lambda: loop.view), "nvml", sleepers_limit=lambda: 64 * GIB)
+        keys_api, through = KeysApi(ledger, registry.resolve, nothing), Through(proxy, registry.resolve, loop)
+        admin = operators(admin, keys_api.router(), metrics.router(), through.router())
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))
@@ -237,7 +246,12 @@ async def house(
         servers = [
             (
                 Server(
-                    UsersApp([models_router(registry, loop, lambda: 1.5e9, keys)], forwarded(proxy, realtime), admin, key),
+                    UsersApp(
+                        [models_router(registry, loop, lambda: 1.5e9, keys), *([metrics.local(key)] if local_metrics else [])],
+                        forwarded(proxy, realtime),
+                        admin,
+                        key,
+                    ),
                     access_log=False,
                     direct=proxy.direct,
                 ),
@@ -260,7 +274,7 @@ async def house(
             await loop.settle()
 
         stack.push_async_callback(stop)
-        found = House(public.getsockname(), folder / "admin.sock", engines, registry, loop, traffic, upstream)
+        found = House(public.getsockname(), folder / "admin.sock", engines, registry, loop, traffic, upstream, counts)
         if ready:
             for spec in specs:
                 assert found.state(spec["name"]) == "ready" or not spec.get("preload", True)

@@ -40,7 +40,7 @@ def test_a_place_is_given_at_once_just_where_a_lease_would_not_wait(door: Door, 
         at_once = leased.launch_id is not None
         assert traffic.takes(name, ask) is at_once
         if at_once:
-            launch_id, give_back = traffic.take(name, ask)
+            launch_id, _, give_back = traffic.take(name, ask)
             assert launch_id == "one"
             assert traffic.seen() == other.seen()
             give_back()
