@@ -213,7 +213,7 @@ async def _run(
     capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max), name="logs")
     gc.collect()
     gc.freeze()  # what is there now stays: no collection needs to look at it again
-    gc.set_threshold(GC_EVERY, 20, 20)
+    gc.set_threshold(GC_EVERY, 5, 5)  # of what cycles there are, the older ones too: they are 100 KiB a minute under load
     log.info("serving %s, admin at %s, %s GPUs (%s), version %s", front.url, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
     if front.is_narrow:
         log.warning(

@@ -287,7 +287,7 @@ class Admin:
         before = self._loop.view
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_TIMEOUT_S), self._loop.ticked:
-                await self._loop.ticked.wait_for(lambda: self._loop.view is not before)
+                await self._loop.ticked.wait_for(lambda: self._loop.over or self._loop.view is not before)
 
 
 async def _json_object(request: Request, else_said: str) -> Json:

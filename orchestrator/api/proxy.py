@@ -27,7 +27,7 @@ from orchestrator.api.usage import Meter, Watch
 from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.traffic import Traffic
-from orchestrator.errors import BodyTooLarge, EngineDied, OrchestratorError
+from orchestrator.errors import BodyTooLarge, EngineDied, ModelUnavailable, OrchestratorError
 
 log = logging.getLogger("orchestrator.proxy")
 
@@ -238,6 +238,11 @@ async def _or_error(scope: Scope, send: Send, work: Awaitable[None]) -> None:
     except OrchestratorError as error:
         failed(scope, error)
         await _send_error(scope, send, error)
+    except asyncio.CancelledError:  # the server stops and waits no longer: nor does who waits for a model
+        stopping = ModelUnavailable("The daemon is shutting down.", code="shutting_down", retry_after_s=5)
+        failed(scope, stopping)
+        with contextlib.suppress(RuntimeError):  # the answer had begun: it is cut
+            await _send_error(scope, send, stopping)
     except Exception:
         log.exception("a request could not be answered")
         failed(scope, error_body.BUG)

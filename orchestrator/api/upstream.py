@@ -63,6 +63,9 @@ class Answer(asyncio.Protocol):
         """Who gives `on_news` is called when something has come, or it broke, and takes all of it then."""
         self._begin()
         self._watch, self._on_news = watch, on_news
+        if self.broke is not None:  # its engine ended after it was connected: a transport that is closed takes no bytes, and raises
+            self._loop.call_soon(self._tell)
+            return
         self._transport.writelines((head, body))
 
     async def head(self) -> None:
@@ -267,7 +270,7 @@ class Upstream:
         """A connection that carries nothing, where there is one. Whoever gets it must release() it."""
         while self._idle:
             answer = self._idle.pop()  # the one used last: the others may grow old and go
-            if monotonic() - answer.idle_since < KEEP_ALIVE_S:
+            if answer.broke is None and monotonic() - answer.idle_since < KEEP_ALIVE_S:
                 return answer
             answer.close()
         return None

@@ -67,7 +67,7 @@ class Reconciler:
         self._aging = Aging()
         self._calm = Calm()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stopping = self.over = False
         self._ticks = self._errors = 0
         self.view: View | None = None
         self.ticked = asyncio.Condition()  # notified after each tick
@@ -97,6 +97,9 @@ class Reconciler:
             timer.cancel()
             if (early := ticked + COALESCE_S - clock.time()) > 0:
                 await asyncio.sleep(early)
+        self.over = True
+        async with self.ticked:
+            self.ticked.notify_all()  # for whoever waits for a look: there is none to come
 
     def heed(self, rules: Rules, interval_s: float) -> None:
         """From the next look on."""

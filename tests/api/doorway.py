@@ -28,6 +28,7 @@ class Doorway:
     traffic: Traffic
     upstream: Upstream
     upstreams: Upstreams
+    server: Server
 
     def door(self, launch_id: str | None = "one", **fields: object) -> None:
         self.traffic.publish({"one": Door(launch_id, **fields)})  # type: ignore[arg-type]
@@ -61,4 +62,4 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096,
             upstreams.tidy(())
 
         stack.push_async_callback(stop)
-        yield Doorway(public.getsockname(), traffic, upstream, upstreams)
+        yield Doorway(public.getsockname(), traffic, upstream, upstreams, server)

@@ -1,5 +1,6 @@
 """Two ways through the proxy: direct, for what need not wait, and by ASGI. Nobody can tell them apart, and direct is what is usual."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -223,3 +224,21 @@ async def test_it_goes_on_after_a_bug_of_ours(folder: Path, monkeypatch: pytest.
             await client.request(CHAT, BODY)
             await (await at.upstream.request()).answer(200, b"{}")
             assert (await client.answer()).status == 200
+
+
+@pytest.mark.usefixtures("way")
+async def test_an_engine_that_ends_each_connection_at_once_is_a_502(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Found by chaos: it had ended between the connecting and the first write."""
+    async with opened(folder) as at:
+        at.upstream.path.unlink()
+
+        async def shut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.transport.abort()
+
+        async with await asyncio.start_unix_server(shut, at.upstream.path):
+            for _ in range(20):
+                async with at.client() as client:
+                    await client.request(CHAT, BODY)
+                    assert (await client.answer()).status == 502
+        await at.until_counts(0, 0)
+    assert "Traceback" not in caplog.text

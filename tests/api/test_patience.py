@@ -207,3 +207,18 @@ async def test_the_openai_sdk_raises_what_comes_as_an_error_event(folder: Path) 
         at.traffic.publish({})
         with pytest.raises(openai.APIError, match="removed"):
             [chunk async for chunk in stream]
+
+
+@pytest.mark.asyncio
+async def test_who_waits_when_the_daemon_ends_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by chaos: the connection was cut, without a word."""
+    monkeypatch.setattr("orchestrator.api.server.STOP_S", 0)
+    async with doorway(folder) as at:
+        at.door(None)
+        async with at.client() as client:
+            await client.request("/v1/completions", b'{"model":"one"}')
+            await at.until_counts(0, 1)
+            at.server.stop()
+            answer = await client.answer()
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        await at.until_counts(0, 0)
