@@ -9,7 +9,7 @@ MODEL  ?= /models/qwen2.5-0.5b
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run test check format planted fuzz bench test-gpu engine install uninstall clean
+.PHONY: help venv demo run test check format planted fuzz chaos bench test-gpu engine install uninstall clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,9 @@ planted: venv  ## bugs planted in a copy of the allocator, one at a time: which 
 
 fuzz: venv  ## the running daemon for MINUTES=10 (SEED=…): raw requests, its OpenAPI document, answers of engines
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+chaos: venv  ## seeded faults of every kind under load, for two hours; a violation says how to replay it
+	$(BIN)/python -m bench chaos --seeds 1-24 --minutes 5
 
 bench: venv  ## the names of all measurements
 	$(BIN)/python -m bench
