@@ -11,7 +11,7 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ENGINE_FAULTS = {  # of the simulated engine
 class Faults:
     """`done`: how often each was; `skipped`: there was nothing to do it to."""
 
-    def __init__(self, daemon: Daemon, book: Book, operator: Operator, models: dict[str, Any], foreign: list[Foreign]) -> None:
+    def __init__(self, daemon: Daemon, book: Book, operator: Operator, models: dict[str, Any], foreign: Sequence[Foreign]) -> None:
         self._daemon, self._book, self._foreign = daemon, book, foreign
         self.of_daemon = DaemonFaults(daemon, book, operator, models, self.engines)
         self._held: set[int] = set()  # processes that are stopped
