@@ -233,7 +233,7 @@ def test_secrets_are_seen_nowhere(fresh: Fresh) -> None:
         lines.over.set()
         lines.join()
     logged = {path.name: path.read_text(errors="replace") for path in (daemon.log, *(daemon.folder / "s/logs").iterdir())}
-    assert len(logged) >= 3
+    assert len(logged) >= 2  # the daemon's and an engine's; a second one's where it was started again by then
     state = b"".join(path.read_bytes() for path in (daemon.folder / "s").glob("state.db*"))
     assert hashlib.sha256(secret.encode()).digest() in state
     assert secret.encode() not in state
