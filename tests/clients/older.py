@@ -4,6 +4,7 @@ The folder is filled once by pip (half a minute) and kept in the venv. It comes 
 tests run, and what else they need they find here.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -34,7 +35,8 @@ def folder() -> Path:
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
             pytest.skip(f"pip found no {REQUIREMENTS.name} (no package index?): {said[-1] if said else done.returncode}")
-        into.rename(there)  # whole, or not there
+        with contextlib.suppress(OSError):  # another worker of this run was first: its own is as good
+            into.rename(there)  # whole, or not there
     return there
 
 
