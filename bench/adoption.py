@@ -62,12 +62,7 @@ def main(argv: list[str]) -> int:
     }
     notes = {"rounds": killed, "keep_errors": errors, "passed": passed}
     path = results.write("adoption", results.typed("adoption", argv), figures, notes, "simulated", folder=options.out)
-    for key, value in figures.items():
-        print(f"{key:24} {value:10.3f}")
-    for text, ok in passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(path)
-    return 0 if all(passed.values()) else 1
+    return results.verdict(figures, passed, path)
 
 
 def _settings(names: Sequence[str], source: Path) -> dict[str, str]:

@@ -52,12 +52,7 @@ def main(argv: list[str]) -> int:
     notes["passed"] = passed
     path = results.write("budgets", results.typed("budgets", argv), figures, notes, "none", folder=options.out)
     print()
-    for key, value in figures.items():
-        print(f"{key:28} {value:12.4f}")
-    for text, ok in passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(path)
-    return 0 if all(passed.values()) else 1
+    return results.verdict(figures, passed, path)
 
 
 def _settings(names: Sequence[str], source: Path) -> dict[str, str]:

@@ -115,12 +115,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         path = _write(scene, whole, command)
         _picture(scene)
     print()
-    for key, value in whole.figures.items():
-        print(f"{key:32} {value:12.3f}")
-    for text, ok in whole.passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(f"{path}{' (simulated: nothing was measured)' if options.simulated else ''}")
-    return 0 if all(whole.passed.values()) else 1
+    return results.verdict(whole.figures, whole.passed, path)
 
 
 def _settings(options: argparse.Namespace, args: list[str]) -> dict[str, str]:

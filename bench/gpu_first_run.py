@@ -41,12 +41,7 @@ def main(argv: list[str]) -> int:
     command = results.typed("gpu-first-run", argv)
     gpu_name = str(notes.get("gpu"))
     path = results.write("gpu-first-run", command, figures, notes, gpu_name, ("vllm", "kvcached", "torch"), options.out)
-    for key, value in figures.items():
-        print(f"{key:28} {value:10.1f}")
-    for name, ok in passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {name}")
-    print(path)
-    return 0 if all(passed.values()) else 1
+    return results.verdict(figures, passed, path)
 
 
 def _settings(python: Path) -> dict[str, str]:

@@ -76,12 +76,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         _complete(whole, earlier)
     path = _write(options, whole, command, gpu)
     print()
-    for key, value in whole.figures.items():
-        print(f"{key:32} {value:12.3f}")
-    for text, ok in whole.passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(path)
-    return 0 if all(whole.passed.values()) else 1
+    return results.verdict(whole.figures, whole.passed, path)
 
 
 def _one(rig: Rig, whole: Part, name: str, budget_s: float) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -125,7 +124,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         lost = scene.settled(SHOWN_S, STILL_S) - scene.empty_bytes
         if not all(fate.healed_s for fate in fates):
             scene.keep_logs()
-    left = {pid: words for pid, words in leftovers.writers(folder).items()}
+    left = leftovers.writers(folder)
     figures = {
         "faults": len(fates),
         "healed": sum(fate.healed_s is not None for fate in fates),
@@ -147,12 +146,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     }
     notes = {"fates": [asdict(fate) for fate in fates], "left": left, "models": models, "passed": passed, "simulated": options.simulated}
     path = results.write(NAME, command, figures, notes, gpu, ("vllm", "kvcached", "torch"), options.out)
-    for key, value in figures.items():
-        print(f"{key:32} {value:12.3f}")
-    for text, ok in passed.items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(path)
-    return 0 if all(passed.values()) else 1
+    return results.verdict(figures, passed, path)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
@@ -174,14 +168,15 @@ def _one(scene: Scene, names: list[str], fault: str) -> Fate:
     before, launches = scene.settled(SHOWN_S, STILL_S), scene.launches()
     with Load(box, names) as load:
         time.sleep(LOAD_S)
-        at = time.monotonic()
-        with FAULTS[fault](box, hit):
-            everyone = names if fault == "daemon" else [hit]
-            wait(lambda: all(load.healed(name, at) for name in everyone), HEAL_S)
+        at, told_after = time.monotonic(), time.time()
+        FAULTS[fault](box, hit)
+        everyone = names if fault == "daemon" else [hit]
+        wait(lambda: all(load.healed(name, at) for name in everyone), HEAL_S)
     ends = [load.healed(name, at) for name in everyone]
     failed = [answer for _, end, answer in load.answers if answer.error and end > at]
     box.until_ready(names, HEAL_S)
-    events = [event["reason"] for event in box.events() if event["model"] == hit and event["kind"] in ("stopping", "backoff", "adopted")]
+    told = [event for event in box.events() if event["model"] == hit and event["at"] >= told_after]
+    reasons = [event["reason"] for event in told if event["kind"] in ("stopping", "backoff", "adopted")]
     return Fate(
         fault=fault,
         healed_s=None if None in ends else max(end for end in ends if end) - at,
@@ -190,7 +185,7 @@ def _one(scene: Scene, names: list[str], fault: str) -> Fate:
         others_failed=0 if fault == "daemon" else sum(a.model == other for a in failed),
         restarted=scene.launches() != launches,
         kept_mib=mib(scene.settled(SHOWN_S, STILL_S) - before),
-        reason=events[-1] if events else "",
+        reason=reasons[-1] if reasons else "",
     )
 
 
@@ -202,51 +197,37 @@ def _refused(answer: Answer) -> bool:
 # ---- the faults -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _daemon(box: Box, hit: str) -> Iterator[None]:
+def _daemon(box: Box, hit: str) -> None:
     box.kill()
     box.begin()
-    yield
 
 
-@contextmanager
-def _api_server(box: Box, hit: str) -> Iterator[None]:
+def _api_server(box: Box, hit: str) -> None:
     os.kill(int(box.models()[hit]["engine"]["pid"]), signal.SIGKILL)
-    yield
 
 
-@contextmanager
-def _engine_core(box: Box, hit: str) -> Iterator[None]:
+def _engine_core(box: Box, hit: str) -> None:
     _core(box, hit).kill()
-    yield
 
 
-@contextmanager
-def _launch_server(box: Box, hit: str) -> Iterator[None]:
+def _launch_server(box: Box, hit: str) -> None:
     """And an engine that must be started then."""
     os.kill(int(box.status()["launch_servers"]["default"]["pid"]), signal.SIGKILL)
     _core(box, hit).kill()
-    yield
 
 
-@contextmanager
-def _nvml(box: Box, hit: str) -> Iterator[None]:
+def _nvml(box: Box, hit: str) -> None:
     for child in psutil.Process(box.process.pid).children():
         if any("nvml_reader" in word for word in child.cmdline()):
             child.kill()
-    yield
 
 
-@contextmanager
-def _stopped_core(box: Box, hit: str) -> Iterator[None]:
+def _stopped_core(box: Box, hit: str) -> None:
     _core(box, hit).suspend()
-    yield
 
 
-@contextmanager
-def _stopped_server(box: Box, hit: str) -> Iterator[None]:
+def _stopped_server(box: Box, hit: str) -> None:
     os.kill(int(box.models()[hit]["engine"]["pid"]), signal.SIGSTOP)
-    yield
 
 
 def _core(box: Box, hit: str) -> psutil.Process:
@@ -256,7 +237,7 @@ def _core(box: Box, hit: str) -> psutil.Process:
     return (named or [child for child in children if "resource_tracker" not in " ".join(child.cmdline())])[0]
 
 
-FAULTS: Mapping[str, Callable[[Box, str], Any]] = {
+FAULTS: Mapping[str, Callable[[Box, str], None]] = {
     "daemon": _daemon,
     "api-server": _api_server,
     "engine-core": _engine_core,

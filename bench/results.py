@@ -55,6 +55,16 @@ def write(
     return path
 
 
+def verdict(figures: Mapping[str, float], passed: Mapping[str, bool], path: Path) -> int:
+    """Printed: the figures, what was reached and what not, the file. Returns the exit code."""
+    for key, value in figures.items():
+        print(f"{key:32} {value:14.3f}")
+    for text, ok in passed.items():
+        print(f"{'ok    ' if ok else 'FAILED'} {text}")
+    print(path)
+    return 0 if all(passed.values()) else 1
+
+
 def typed(name: str, argv: Sequence[str]) -> str:
     """The command that somebody else would type: without where this run put its results."""
     kept = [word for at, word in enumerate(argv) if word != "--out" and (at == 0 or argv[at - 1] != "--out")]

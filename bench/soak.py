@@ -69,12 +69,7 @@ def main(argv: list[str]) -> int:
     with Daemon(env, COUNT) as daemon:
         figures, notes = asyncio.run(_soaked(daemon, options.minutes * 60, options.pause))
     path = results.write("soak", results.typed("soak", argv), figures, notes, "simulated", folder=options.out)
-    for key, value in figures.items():
-        print(f"{key:26} {value:12.3f}")
-    for text, ok in notes["passed"].items():
-        print(f"{'ok    ' if ok else 'FAILED'} {text}")
-    print(path)
-    return 0 if all(notes["passed"].values()) else 1
+    return results.verdict(figures, notes["passed"], path)
 
 
 async def _soaked(daemon: Daemon, seconds: float, pause_s: float) -> tuple[dict[str, float], dict[str, Any]]:
