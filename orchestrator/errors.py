@@ -159,6 +159,10 @@ class EngineDied(OrchestratorError):
     status = 502
     code = "engine_error"
 
+    @classmethod
+    def broke_off(cls, model: str, why: object) -> "EngineDied":
+        return cls(f"The engine of {model!r} broke off the request: {why}.", retry_after_s=5)
+
 
 class StoreError(OrchestratorError):
     """The state file can not be read or written now: nothing of the change was kept."""

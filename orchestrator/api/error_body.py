@@ -24,6 +24,11 @@ def body(error: OrchestratorError, anthropic: bool = False, request_id: bytes = 
     return json.dumps({"error": shown}).encode()
 
 
+def last_event(error: OrchestratorError, anthropic: bool, request_id: bytes) -> bytes:
+    """Of a stream that is broken off: the error, where no status can be given any more."""
+    return event(body(error, anthropic, request_id), anthropic)
+
+
 def event(data: bytes, anthropic: bool) -> bytes:
     """An error object as an event of a stream. Anthropic's clients go by its name."""
     lines = b"".join(b"data: " + line + b"\n" for line in data.splitlines())

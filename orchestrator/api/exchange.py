@@ -180,22 +180,17 @@ class Exchange:
             self._refuse(why)
 
     def _refuse(self, why: object) -> None:
-        died = self._died(why)
+        died = EngineDied.broke_off(self._model, why)
         self._finish(died.status, died.code)
         self._connection.refuse(died, self._route.is_anthropic, self._ids)
 
     def _break_off(self, why: str) -> None:
         """Never a silent short success: an event that says so, and an answer without its end."""
-        died = self._died(why)
+        died = EngineDied.broke_off(self._model, why)
         if self._streams:
-            anthropic = self._route.is_anthropic
-            event = error_body.event(error_body.body(died, anthropic, self._ids.request_id), anthropic)
-            self._connection.peer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            self._connection.peer.write_chunk(error_body.last_event(died, self._route.is_anthropic, self._ids.request_id))
         self._cut(died)
 
     def _cut(self, error: OrchestratorError) -> None:
         self._finish(error.status, error.code)
         self._connection.transport.close()
-
-    def _died(self, why: object) -> EngineDied:
-        return EngineDied(f"The engine of {self._model!r} broke off the request: {why}.", retry_after_s=5)

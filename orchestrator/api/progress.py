@@ -31,7 +31,7 @@ class Progress:
         await self._body(f": {_words(self._model, door)}\n\n".encode(), more=True)
 
     def event(self, error: OrchestratorError) -> bytes:
-        return error_body.event(error_body.body(error, self.anthropic, self.request_id), self.anthropic)
+        return error_body.last_event(error, self.anthropic, self.request_id)
 
     async def end(self, error: OrchestratorError) -> None:
         await self._body(self.event(error), more=False)

@@ -223,7 +223,7 @@ class Proxy:
             finally:
                 answer.release()
         except OSError as error:
-            died = EngineDied(f"The engine of {model!r} broke off the request: {error}.", retry_after_s=5)
+            died = EngineDied.broke_off(model, error)
             if not started:
                 raise died from error
             fate.fail(died)

@@ -80,9 +80,9 @@ class Watched:
         self._inode = os.fstat(self._fd).st_ino
 
 
-def _opened(path: "str | Path", flags: int) -> int:
+def _opened(path: "str | Path", flags: int, mode: int = 0) -> int:
     """Everybody may make files in /dev/shm: one of another user is none of ours, whatever it is called."""
-    fd = os.open(path, flags | OPEN)
+    fd = os.open(path, flags | OPEN, mode)
     if os.fstat(fd).st_uid != os.geteuid():
         os.close(fd)
         raise PermissionError(f"{path} is another user's")
@@ -104,7 +104,7 @@ def write_limit(ipc_name: str, limit_bytes: int) -> None:
 def restore(ipc_name: str, segment: Segment) -> None:
     """Make a living engine's segment anew, or give it its size and content back. Only for an engine that is known to live: a
     segment without one is a phantom. Raises OSError."""
-    fd = os.open(SHM / ipc_name, os.O_RDWR | os.O_CREAT | OPEN, 0o644)
+    fd = _opened(SHM / ipc_name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, LAYOUT.size)

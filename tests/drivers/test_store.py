@@ -5,7 +5,6 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from orchestrator.errors import StoreError
 from orchestrator.policy.key import KeySpec, StoredKey, Used
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
+from tests.support.stored import opened
 
 pytestmark = pytest.mark.asyncio
 
@@ -33,16 +33,6 @@ FIRST_SPEC = (  # as the first version wrote it, which did not know of every fie
 
 def spec(name: str = "a", **fields: object) -> ModelSpec:
     return ModelSpec.model_validate({"name": name, "source": "/models/a", **fields})
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[SqliteStore]:
-    store = SqliteStore(path)
-    await store.open()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @pytest.fixture

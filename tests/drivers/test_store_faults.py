@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from orchestrator.errors import StoreError
 from orchestrator.policy.key import KeySpec, StoredKey, Used
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.stored import Event, Stored
+from tests.support.stored import opened
 
 pytestmark = pytest.mark.asyncio
 
@@ -36,16 +37,6 @@ def key(name: str) -> StoredKey:
 
 def event(number: float) -> Event:
     return Event(number, "a", "ready", f"reason {number}")
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[SqliteStore]:
-    store = SqliteStore(path)
-    await store.open()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @contextlib.contextmanager
