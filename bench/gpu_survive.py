@@ -1,8 +1,8 @@
 """gpu-survive: two real engines under load, and one thing after the other is killed. Who is served again, when, and what is left?
 
-Faults: the daemon, an engine's API server, its EngineCore, the launch server, NVML's process by SIGKILL; an EngineCore and an API server
-stopped (SIGSTOP: they live, and do nothing). After each one both models must answer again, the other model must not have lost a request
-(but where the daemon was killed), and the GPU must hold what it held before.
+Faults: the daemon, an engine's API server, its EngineCore, all of an engine, the launch server, NVML's process killed by SIGKILL; an
+EngineCore and an API server stopped (SIGSTOP: they live, and do nothing); a segment removed. After each one both models must answer
+again, the other model must not have lost a request (but where the daemon was killed), and the GPU must hold what it held before.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from bench.folders import of_shape
 from bench.rig import mib
 from bench.scene import EAGER, MIB, Scene, wait
 from bench.workloads import Answer, ask, client
+from orchestrator.drivers import kvcached
 
 NAME = "gpu-survive"
 TOGETHER = 4  # requests of each model, all the time
@@ -42,7 +43,8 @@ SAME_BYTES = 384 * MIB  # an engine's idle memory from one start to the next
 
 @dataclass
 class Fate:
-    """Of one fault. `healed_s`: from it to the first whole answer of the model that was hit, asked after it; None: not in time."""
+    """Of one fault. `healed_s`: from it to the first whole answer of the model that was hit, asked after it; where answers never
+    stopped, to the moment that what was broken is there again. None: not in time."""
 
     fault: str
     healed_s: float | None
@@ -169,17 +171,19 @@ def _one(scene: Scene, names: list[str], fault: str) -> Fate:
     with Load(box, names) as load:
         time.sleep(LOAD_S)
         at, told_after = time.monotonic(), time.time()
-        FAULTS[fault](box, hit)
+        mended = FAULTS[fault](box, hit)
         everyone = names if fault == "daemon" else [hit]
+        mended_at = time.monotonic() if mended is None or wait(mended, HEAL_S, 0.01) else None
         wait(lambda: all(load.healed(name, at) for name in everyone), HEAL_S)
     ends = [load.healed(name, at) for name in everyone]
+    healed_at = None if None in ends else mended_at if mended else max(filter(None, ends))
     failed = [answer for _, end, answer in load.answers if answer.error and end > at]
     box.until_ready(names, HEAL_S)
     told = [event for event in box.events() if event["model"] == hit and event["at"] >= told_after]
     reasons = [event["reason"] for event in told if event["kind"] in ("stopping", "backoff", "adopted")]
     return Fate(
         fault=fault,
-        healed_s=None if None in ends else max(end for end in ends if end) - at,
+        healed_s=healed_at and healed_at - at,
         cut=sum("StatusError" not in str(a.error) and not _refused(a) for a in failed if a.model == hit or fault == "daemon"),
         refused=sum(_refused(a) for a in failed if a.model == hit or fault == "daemon"),
         others_failed=0 if fault == "daemon" else sum(a.model == other for a in failed),
@@ -195,6 +199,7 @@ def _refused(answer: Answer) -> bool:
 
 
 # ---- the faults -------------------------------------------------------------------------------------------------------
+# Each returns what must hold again besides answers, where these do not show it.
 
 
 def _daemon(box: Box, hit: str) -> None:
@@ -203,11 +208,17 @@ def _daemon(box: Box, hit: str) -> None:
 
 
 def _api_server(box: Box, hit: str) -> None:
-    os.kill(int(box.models()[hit]["engine"]["pid"]), signal.SIGKILL)
+    _server(box, hit).kill()
 
 
 def _engine_core(box: Box, hit: str) -> None:
     _core(box, hit).kill()
+
+
+def _engine(box: Box, hit: str) -> None:
+    server = _server(box, hit)
+    for process in (server, *server.children(recursive=True)):
+        process.kill()
 
 
 def _launch_server(box: Box, hit: str) -> None:
@@ -216,10 +227,19 @@ def _launch_server(box: Box, hit: str) -> None:
     _core(box, hit).kill()
 
 
-def _nvml(box: Box, hit: str) -> None:
-    for child in psutil.Process(box.process.pid).children():
-        if any("nvml_reader" in word for word in child.cmdline()):
-            child.kill()
+def _nvml(box: Box, hit: str) -> Callable[[], bool] | None:
+    readers = _readers(box)
+    for reader in readers:
+        reader.kill()
+    if not readers:  # simulated GPUs have none
+        return None
+    return lambda: bool(set(_readers(box)) - set(readers)) and not any(gpu["error"] for gpu in box.status()["gpus"])
+
+
+def _segment(box: Box, hit: str) -> Callable[[], bool]:
+    segment = kvcached.SHM / str(box.models()[hit]["engine"]["ipc_name"])
+    segment.unlink()
+    return lambda: (found := kvcached.read(segment.name)) is not None and found.limit_bytes > 0
 
 
 def _stopped_core(box: Box, hit: str) -> None:
@@ -227,22 +247,32 @@ def _stopped_core(box: Box, hit: str) -> None:
 
 
 def _stopped_server(box: Box, hit: str) -> None:
-    os.kill(int(box.models()[hit]["engine"]["pid"]), signal.SIGSTOP)
+    _server(box, hit).suspend()
+
+
+def _readers(box: Box) -> list[psutil.Process]:
+    return [child for child in psutil.Process(box.process.pid).children() if any("nvml_reader" in word for word in child.cmdline())]
+
+
+def _server(box: Box, hit: str) -> psutil.Process:
+    return psutil.Process(int(box.models()[hit]["engine"]["pid"]))
 
 
 def _core(box: Box, hit: str) -> psutil.Process:
     """EngineCore renames itself; the simulated engine's core is its server's only child."""
-    children = psutil.Process(int(box.models()[hit]["engine"]["pid"])).children()
+    children = _server(box, hit).children()
     named = [child for child in children if "EngineCore" in child.name() + " ".join(child.cmdline())]
     return (named or [child for child in children if "resource_tracker" not in " ".join(child.cmdline())])[0]
 
 
-FAULTS: Mapping[str, Callable[[Box, str], None]] = {
+FAULTS: Mapping[str, Callable[[Box, str], Callable[[], bool] | None]] = {
     "daemon": _daemon,
     "api-server": _api_server,
     "engine-core": _engine_core,
+    "engine": _engine,
     "launch-server": _launch_server,
     "nvml": _nvml,
+    "segment": _segment,
     "stopped-core": _stopped_core,
     "stopped-server": _stopped_server,
 }
