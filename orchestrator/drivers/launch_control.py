@@ -88,6 +88,11 @@ class Control:
         with contextlib.suppress(TimeoutError):
             await asyncio.to_thread(self._child.wait, END_S)
 
+    @property
+    def was_killed(self) -> bool:
+        """By somebody, or by the kernel for memory: that says nothing of what it was doing."""
+        return self._child.poll() in (-signal.SIGKILL, -signal.SIGTERM)
+
     def how_it_ended(self) -> str:
         return "it " + processes.how_it_ended(self._child.poll())
 

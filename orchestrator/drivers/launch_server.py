@@ -25,7 +25,7 @@ READY_S = 90.0  # a launch waits this long for the imports: 14-17 s on an H200 b
 START_S = 300.0  # then the server is ended
 START_RETRY_S = 600.0  # what can not be imported now can hardly be imported in a second; in a changed venv it is tried at once
 ANSWER_S = 10.0  # a fork takes milliseconds
-BACKOFF_S, BACKOFF_MAX_S = 2.0, 60.0  # after the death of one that was ready
+BACKOFF_S, BACKOFF_MAX_S = 2.0, 60.0  # after the death of one that was ready, or that was killed
 
 # What an engine may have otherwise than its server: read after the fork, or set anew there (engine/vllm/preloaded.py). Anything else may
 # have been read while the server imported: kvcached's C++ part keeps KVCACHED_MIN_RESERVED_PAGES, huggingface_hub HF_HUB_OFFLINE.
@@ -157,8 +157,11 @@ class LaunchServer:
         try:
             await server.ready(START_S)
         except Lost as error:
-            self._dismiss(server)
-            self._failed(f"{error}; see {self._log}", START_RETRY_S)
+            if server.was_killed:
+                self._lose(server, str(error))
+            else:
+                self._dismiss(server)
+                self._failed(f"{error}; see {self._log}", START_RETRY_S)
             return
         server.unwatch = processes.on_exit(server.process, lambda: self._beside(self._died(server)))
         log.info("launch server %s: ready, pid %d, %s", self.name, server.process.pid, _told(server.hello))
@@ -179,7 +182,7 @@ class LaunchServer:
                 self._lose(server, server.how_it_ended())
 
     def _lose(self, server: Control, why: str) -> None:
-        """One that was ready. Another one is started after a while, a longer one each time unless engines were forked."""
+        """One that died of nothing in its venv. Another one is started after a while, a longer one each time unless engines were forked."""
         self._dismiss(server)
         wait_s = min(BACKOFF_S * 2 ** min(self._deaths, 10), BACKOFF_MAX_S)
         self._deaths += 1

@@ -107,16 +107,24 @@ class SqliteStore:
         """A new model. One of that name may be left here, or what was changed of one in a config file: all of it is forgotten."""
 
         def write(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM held WHERE name = ?", (spec.name,))
-            db.execute("DELETE FROM overrides WHERE name = ?", (spec.name,))
-            db.execute("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (spec.name, spec.model_dump_json(), added_at))
+            _remove(db, spec.name)
+            _put(db, spec, added_at)
 
         await self._change(write)
 
     async def remove_model(self, name: str) -> None:
+        await self._change(lambda db: _remove(db, name))
+
+    async def change_models(self, put: Sequence[ModelSpec], removed: Sequence[str], at: float) -> None:
+        """All of it or nothing. What was changed of each is forgotten; one that was there stays held if it was."""
+
         def write(db: sqlite3.Connection) -> None:
-            for table in ("models", "held", "overrides"):
-                db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+            for name in removed:
+                _remove(db, name)
+            for spec in put:
+                db.execute("DELETE FROM held WHERE name = ? AND name NOT IN (SELECT name FROM models)", (spec.name,))
+                db.execute("DELETE FROM overrides WHERE name = ?", (spec.name,))
+                _put(db, spec, at)
 
         await self._change(write)
 
@@ -271,3 +279,14 @@ class SqliteStore:
             found = None
         if found is None or (found.st_dev, found.st_ino) != self._place:
             raise StoreError(f"{self._path} was removed or replaced: put it back, or restart the daemon; nothing was changed")
+
+
+def _put(db: sqlite3.Connection, spec: ModelSpec, at: float) -> None:
+    """One that is there keeps its place."""
+    sql = "INSERT INTO models VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET spec = excluded.spec"
+    db.execute(sql, (spec.name, spec.model_dump_json(), at))
+
+
+def _remove(db: sqlite3.Connection, name: str) -> None:
+    for table in ("models", "held", "overrides"):
+        db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))

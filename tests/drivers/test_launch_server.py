@@ -176,6 +176,17 @@ async def test_an_import_that_ends_the_process(bench: Bench, body: str, why: str
         await bench.fork()
 
 
+async def test_one_that_is_killed_while_it_imports_is_soon_started_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_server, "BACKOFF_S", 0.05)
+    once = bench.root / "once"
+    bench.probe(f"import os, pathlib, signal\nif not pathlib.Path({str(once)!r}).exists():\n"
+                f"    pathlib.Path({str(once)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)\n{PROBE}")  # fmt: skip
+    with pytest.raises(NoFork, match="killed by SIGKILL while importing"):
+        await bench.fork()
+    await bench.server()
+    await bench.fork()
+
+
 async def test_a_launch_does_not_wait_for_ever_for_imports_and_they_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_server, "READY_S", 0.2)
     pipe = bench.root / "pipe"
