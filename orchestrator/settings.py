@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from orchestrator.policy.model import ModelSpec
+from orchestrator.policy.model import ModelSpec, check_args, check_env
 from orchestrator.policy.units import GIB, MIB, Duration, Size
 
 # Socket paths are at most 107 bytes (sun_path); the longest are vLLM's own (VLLM_RPC_BASE_PATH): <runtime>/engines/<launch id>/<uuid>.
@@ -108,6 +108,9 @@ class Engine(Section):
         description="An engine that does not get on for so long is asked for a token; without one in 10 s it is replaced. null: never.",
     )
     launch_server: bool = Field(True, description="Fork its engines from a process that has imported vLLM: 4 s to ready instead of 41.")
+
+    _args = field_validator("args")(check_args)
+    _env = field_validator("env")(check_env)
 
 
 class Log(Section):

@@ -250,6 +250,11 @@ def test_variables_of_the_commands_are_no_settings(monkeypatch: pytest.MonkeyPat
         ("requests: {max_body: 1}", "a.yaml:1:12: requests.max_body: 1: input should be greater than or equal to 1024"),
         ("log: {level: 2020-13-45}", "a.yaml:1:7: log.level: '2020-13-45': input should be 'debug', 'info', "),
         ("gpus: {source: simulate}", "a.yaml:1:8: gpus.source: 'simulate': input should be 'nvml', 'simulated' or 'auto'"),
+        (
+            "engines: {default: {args: [--api-key, x]}}\n",
+            "a.yaml:1:21: engines.default.args: --api-key belongs to the daemon: remove it; engines are reachable by the daemon alone",
+        ),
+        ("engines: {default: {env: {VLLM_PORT: '1'}}}\n", "a.yaml:1:21: engines.default.env: VLLM_PORT belongs to the daemon: remove it"),
         ("engines: {}", "a.yaml:1:1: engines: Dictionary should have at least 1 item"),
         ("keys: {required: maybe}", "a.yaml:1:8: keys.required: 'maybe': input should be 'auto', 'always' or 'never'"),
         ("admin: {tcp: true}", "a.yaml:1:9: admin.tcp: is on without a key: set admin.key (or ORCH_ADMIN__KEY), or turn it off"),

@@ -97,6 +97,31 @@ def owned_flag(arg: str) -> str | None:
     return next((owned for owned in OWNED_ARGS if owned.startswith(flag)), None)  # argparse takes `--tensor-parallel` for the whole
 
 
+def check_args(args: tuple[str, ...]) -> tuple[str, ...]:
+    """vLLM's arguments, of one model or of all in a venv."""
+    for arg in args:
+        if "\0" in arg:
+            raise ValueError(f"{arg!r} has a zero byte, which no argument can have: remove it")
+        if flag := owned_flag(arg):
+            instead = OWNED_ARGS[flag]
+            mend = instead.removeprefix("- ") if instead.startswith("- ") else f"use a model's field {instead} instead"
+            raise ValueError(f"{flag} belongs to the daemon: remove it; {mend}")
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"{args[0]!r} is not a flag: the model is named by `source`, arguments start with --")
+    return args
+
+
+def check_env(env: dict[str, str]) -> dict[str, str]:
+    for key, value in env.items():
+        if "\0" in value:
+            raise ValueError(f"{key} has a zero byte, which no variable can have: remove it")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise ValueError(f"{key!r} is not the name of an environment variable")
+        if key.startswith(OWNED_ENV) and key not in TUNABLE_ENV:
+            raise ValueError(f"{key} belongs to the daemon: remove it")
+    return env
+
+
 def _zero_or_duration(value: object) -> float:
     nothing = re.fullmatch(r"0+(\.0*)?[dhms]?", value.strip()) if isinstance(value, str) else value == 0 and not isinstance(value, bool)
     return 0.0 if nothing else parse_duration(value)
@@ -197,31 +222,8 @@ class ModelSpec(BaseModel):
             raise ValueError("a GPU is named twice: remove one")
         return gpus
 
-    @field_validator("args")
-    @classmethod
-    def _args(cls, args: tuple[str, ...]) -> tuple[str, ...]:
-        for arg in args:
-            if "\0" in arg:
-                raise ValueError(f"{arg!r} has a zero byte, which no argument can have: remove it")
-            if flag := owned_flag(arg):
-                instead = OWNED_ARGS[flag]
-                mend = instead.removeprefix("- ") if instead.startswith("- ") else f"use the field {instead} instead"
-                raise ValueError(f"{flag} belongs to the daemon: remove it; {mend}")
-        if args and not args[0].startswith("-"):
-            raise ValueError(f"{args[0]!r} is not a flag: the model is named by `source`, arguments start with --")
-        return args
-
-    @field_validator("env")
-    @classmethod
-    def _env(cls, env: dict[str, str]) -> dict[str, str]:
-        for key, value in env.items():
-            if "\0" in value:
-                raise ValueError(f"{key} has a zero byte, which no variable can have: remove it")
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-                raise ValueError(f"{key!r} is not the name of an environment variable")
-            if key.startswith(OWNED_ENV) and key not in TUNABLE_ENV:
-                raise ValueError(f"{key} belongs to the daemon: remove it")
-        return env
+    _args = field_validator("args")(check_args)
+    _env = field_validator("env")(check_env)
 
     @model_validator(mode="after")
     def _bounds(self) -> "ModelSpec":

@@ -57,7 +57,7 @@ def test_a_good_name_has_no_part_that_leads_out_of_a_folder(name: str) -> None:
         ({"adapters": {"b": "org/x"}, "aliases": ["b"]}, "adapters: 'b' is a name of the model itself"),
         ({"adapters": {"b": " "}}, "'b' has no source: name its folder or its Hub id"),
         ({"adapters": {"a b": "org/x"}}, "'a b' is not a name"),
-        ({"args": ["--lora-modules", "a=b"]}, "use the field adapters instead"),
+        ({"args": ["--lora-modules", "a=b"]}, "use a model's field adapters instead"),
         ({"source": ""}, "source: String should have at least 1 character"),
         ({"nmae": "typo"}, "nmae: Extra inputs are not permitted"),
         ({"gpus": []}, "write auto, or at least one index or UUID"),
