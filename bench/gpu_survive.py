@@ -251,7 +251,8 @@ def _stopped_server(box: Box, hit: str) -> None:
 
 
 def _readers(box: Box) -> list[psutil.Process]:
-    return [child for child in psutil.Process(box.process.pid).children() if any("nvml_reader" in word for word in child.cmdline())]
+    children = psutil.Process(box.process.pid).children()
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "nvml_reader" in " ".join(child.cmdline())]
 
 
 def _server(box: Box, hit: str) -> psutil.Process:
