@@ -1,7 +1,7 @@
 """Read config files and environment into Settings, or say everything that is wrong with them at once: file, line, nearest right name.
 
-pydantic checks values; here is what it does not do: where a value stood, keys given twice, files that are missing, and
-environment variables that no setting has (pydantic-settings ignores them silently).
+pydantic checks values; here is what it does not do: where a value stood (marked_yaml.py), and environment variables that no setting has
+(pydantic-settings ignores them silently).
 """
 
 import copy
@@ -10,26 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
+from orchestrator import marked_yaml
 from orchestrator.errors import ConfigError, Problem
+from orchestrator.marked_yaml import Loc, loc_of
 from orchestrator.settings import Settings
 
-Loc = tuple[str | int, ...]
-TEXT_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 OTHER_VARIABLES = {"ORCH_CONFIG", "ORCH_HOST", "ORCH_ADMIN_KEY"}  # orchestratord's --config, orchestratorctl's target
-
-
-class _Loader(yaml.SafeLoader):
-    """Dates stay text: no setting is a date, and a model may be named 2024-11-20."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 class Source:
@@ -40,7 +29,7 @@ class Source:
 
     def problem(self, field: str, what: str) -> Problem:
         """`field`: models.qwen.source. The problem names the file and line, or the variable, that gave it."""
-        return Problem(_where(_loc_of(field, self._places), self._places, self._environ), f"{field}: {what}")
+        return Problem(_where(loc_of(field, self._places), self._places, self._environ), f"{field}: {what}")
 
 
 def load(files: Sequence[Path], environ: Mapping[str, str]) -> Settings:
@@ -54,7 +43,7 @@ def read(files: Sequence[Path], environ: Mapping[str, str]) -> tuple[Settings, S
     places: dict[Loc, str] = {}
     data: dict[str, Any] = {}
     for path in files:
-        read = _read(path, places, problems)
+        read = marked_yaml.read(path, places, problems)
         for name in sorted(_models_named(data) & _models_named(read)):
             problems.append(Problem(places[("models", name)], f"models.{name}: is defined in an earlier config file too: remove one"))
         data = _merge(data, read)
@@ -100,67 +89,6 @@ def _without(locs: Sequence[Loc], data: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def _read(path: Path, places: dict[Loc, str], problems: list[Problem]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        problems.append(Problem(str(path), f"there is no such config file{hint}"))
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem(str(path), f"cannot be read: {error}"))
-        return {}
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problems.append(Problem(where, f"not YAML: {error.problem or error.context}"))
-        return {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. `!!int x`; braces a thousand deep
-        problems.append(Problem(str(path), f"not YAML: {error}"))
-        return {}
-    if node is None:
-        return {}
-    if not isinstance(data, dict):
-        problems.append(Problem(f"{path}:1:1", "a config file is a map of settings, like `listen: {port: 8000}`"))
-        return {}
-    try:
-        _walk(node, (), path, places, problems)
-        return {key: value for key, value in _with_text_keys(data).items() if value is not None}
-    except RecursionError:
-        problems.append(Problem(str(path), "an anchor (&) holds its own alias (*): write the value out"))
-        return {}
-
-
-def _walk(node: yaml.Node, loc: Loc, path: Path, places: dict[Loc, str], problems: list[Problem]) -> None:
-    """Note where each key and item stands; report keys that are not text, or given twice (YAML takes the last one silently)."""
-    if isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key, value in node.value:
-            name = str(key.value)
-            where = f"{path}:{key.start_mark.line + 1}:{key.start_mark.column + 1}"
-            said = ".".join(map(str, (*loc, name)))
-            if name in first:
-                problems.append(Problem(where, f"{said}: is given twice (first in line {first[name]}): remove one"))
-            elif key.tag not in TEXT_KEYS:
-                problems.append(Problem(where, f'{said}: the key {name} is not text: quote it, "{name}"'))
-            first.setdefault(name, key.start_mark.line + 1)
-            places[(*loc, name)] = where
-            _walk(value, (*loc, name), path, places, problems)
-    elif isinstance(node, yaml.SequenceNode):
-        for at, item in enumerate(node.value):
-            places[(*loc, at)] = f"{path}:{item.start_mark.line + 1}:{item.start_mark.column + 1}"
-            _walk(item, (*loc, at), path, places, problems)
-
-
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_text_keys(inner) for key, inner in value.items() if isinstance(key, str)}
-    return [_with_text_keys(item) for item in value] if isinstance(value, list) else value
-
-
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -176,7 +104,7 @@ def _explain(detail: Any, places: Mapping[Loc, str], environ: Mapping[str, str])
     if not loc and "error" in context:
         for line in str(context["error"]).split("\n"):
             field = line.split(":")[0]
-            yield Problem(_where(_loc_of(field, places), places, environ), line)
+            yield Problem(_where(loc_of(field, places), places, environ), line)
         return
     name = ".".join(map(str, loc))
     if detail["type"] == "extra_forbidden":
@@ -200,14 +128,6 @@ def _plain(loc: Loc, places: Mapping[Loc, str]) -> Loc:
         if isinstance(part, int) or (*kept, part) in places or not (in_list or "[" in part or part.startswith("function-")):
             kept = (*kept, part)
     return kept
-
-
-def _loc_of(field: str, places: Mapping[Loc, str]) -> Loc:
-    """`models.qwen2.5.engine` as a place. Names hold dots too: the longest known place that begins the text decides."""
-    known = {".".join(map(str, loc)): loc for loc in places}
-    begin = max((said for said in known if field == said or field.startswith(f"{said}.")), key=len, default="")
-    rest = field[len(begin) :].strip(".")
-    return (*known.get(begin, ()), *(rest.split(".") if rest else ()))
 
 
 def _where(loc: Loc, places: Mapping[Loc, str], environ: Mapping[str, str]) -> str:

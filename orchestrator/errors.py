@@ -16,6 +16,7 @@
     ├── RateLimited             429  a key's own limits; with when to come back
     │   └── QuotaSpent          429  its tokens of this month are spent
     ├── EngineDied              502
+    ├── PullFailed              502  a model could not be loaded from the hub; the code says why
     ├── StoreError              503  the state file can not be written now; nothing was changed
     ├── ModelUnavailable        503  with Retry-After where waiting helps
     ├── NotInTime               503  the model will not be ready before the client gives up; told at once, with when to come back
@@ -162,6 +163,13 @@ class EngineDied(OrchestratorError):
     @classmethod
     def broke_off(cls, model: str, why: object) -> "EngineDied":
         return cls(f"The engine of {model!r} broke off the request: {why}.", retry_after_s=5)
+
+
+class PullFailed(OrchestratorError):
+    """A model was not loaded from the hub. What is loaded of it is kept."""
+
+    status = 502
+    code = "pull_failed"
 
 
 class StoreError(OrchestratorError):

@@ -14,7 +14,8 @@ from typing import Any
 from orchestrator import config_errors
 from orchestrator.api import projections
 from orchestrator.control.reconciler import Reconciler
-from orchestrator.control.registry import Registry, Reloaded
+from orchestrator.control.registry import Registry
+from orchestrator.control.shelf import Reloaded
 from orchestrator.drivers import systemd
 from orchestrator.errors import ConfigError, SpecError
 from orchestrator.settings import Settings

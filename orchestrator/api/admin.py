@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class About:
     started_at: float  # time.monotonic()
     state_problem: Callable[[], str | None] = lambda: None
     host_budget_bytes: int | None = None  # of host memory, for all that sleep
+    engines: Mapping[str, Json] = field(default_factory=dict)  # the engine venvs, by name
 
 
 class Admin:
@@ -74,7 +75,6 @@ class Admin:
         """A verb that is added here is a word that no name may end with: policy/model.py, ROUTE_WORDS."""
         router = APIRouter(prefix="/api/v1")
         router.add_api_route("/status", self.status, methods=["GET"])
-        router.add_api_route("/events", self.events, methods=["GET"])
         router.add_api_route("/explain", self.explain, methods=["GET"])
         router.add_api_route("/models", self.models, methods=["GET"])
         router.add_api_route("/models", self.add, methods=["POST"], status_code=201)
@@ -104,6 +104,7 @@ class Admin:
             "state_dir": about.state_dir,
             "state_problem": about.state_problem(),
             "models": projections.counts(known, view),
+            "engines": dict(about.engines),
             "launch_servers": await self._launch_servers() if self._launch_servers else {},
             "host": projections.host(known, view, about.host_budget_bytes),
             "gpus": projections.budgets(view),
@@ -123,9 +124,6 @@ class Admin:
     async def describe(self, name: str) -> Json:
         name = self._resolve(name)
         return {**self._model(name), "events": [projections.event(event) for event in await self._events(name, 50)]}
-
-    async def events(self, tail: int = Query(100, ge=1, le=10_000), model: str | None = None) -> Json:
-        return {"events": [{**projections.event(event), "model": event.model} for event in await self._events(model, tail)]}
 
     async def plan(self, name: str) -> Json:
         """What loading it would do now, and nothing done."""
@@ -149,6 +147,8 @@ class Admin:
                     last = telling
                     yield msgspec.json.encode(model) + b"\n"
                 async with self._loop.ticked:
+                    if self._loop.over:
+                        return
                     await self._loop.ticked.wait()
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
@@ -162,14 +162,14 @@ class Admin:
     # ---- commands -------------------------------------------------------------------------------------------------
 
     async def add(self, request: Request, start: bool = True) -> Json:
-        given = await _json_object(request, "A spec is a JSON object with at least `name` and `source`.")
+        given = await json_object(request, "A spec is a JSON object with at least `name` and `source`.")
         try:
             spec = ModelSpec.model_validate(given)
         except ValidationError as error:
             raise SpecError(projections.spec_problems(error.errors())) from None
         await self._registry.add(spec, projections.gpus(self._loop.view), start)
         self._loop.note(spec.name, "added", "added by API")
-        await self._next_look()
+        await next_look(self._loop)
         return self._model(spec.name)
 
     async def remove(self, name: str) -> Json:
@@ -181,7 +181,7 @@ class Admin:
 
     async def limit(self, name: str, request: Request) -> Json:
         name = self._registry.resolve(name)
-        changes = await _json_object(
+        changes = await json_object(
             request, f"Bounds are a JSON object with some of {', '.join(LIMIT_FIELDS)}; null gives one back to the spec."
         )
         try:
@@ -189,12 +189,12 @@ class Admin:
         except ValidationError as error:
             raise SpecError(projections.spec_problems(error.errors())) from None
         self._loop.note(name, "limit", ", ".join(f"{field}: {'as in its spec' if v is None else v}" for field, v in changes.items()))
-        await self._next_look()
+        await next_look(self._loop)
         return self._model(name)
 
     async def adapters(self, name: str, request: Request) -> Json:
         name = self._registry.resolve(name)
-        changes = await _json_object(request, "Adapters are a JSON object: name -> Hub id or folder, or null to remove it.")
+        changes = await json_object(request, "Adapters are a JSON object: name -> Hub id or folder, or null to remove it.")
         if wrong := [adapter for adapter, source in changes.items() if not isinstance(source, str | None)]:
             raise BadRequest(f"The source of the adapter {wrong[0]!r} is {changes[wrong[0]]!r}: write a Hub id, a folder, or null.")
         await self._registry.adapt(name, changes, projections.gpus(self._loop.view))
@@ -283,14 +283,17 @@ class Admin:
     def _model(self, name: str) -> Json:
         return projections.model(name, self._registry.known(), self._loop.view, self._places)
 
-    async def _next_look(self) -> None:
-        before = self._loop.view
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_TIMEOUT_S), self._loop.ticked:
-                await self._loop.ticked.wait_for(lambda: self._loop.over or self._loop.view is not before)
+
+async def next_look(loop: Reconciler) -> None:
+    """Until the loop has looked once more: what was changed is in force then."""
+    before = loop.view
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_TIMEOUT_S), loop.ticked:
+            await loop.ticked.wait_for(lambda: loop.over or loop.view is not before)
 
 
-async def _json_object(request: Request, else_said: str) -> Json:
+async def json_object(request: Request, else_said: str) -> Json:
+    """The body. Raises BadRequest; `else_said` where it is JSON and no object."""
     try:
         given = msgspec.json.decode(await request.body())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -15,20 +15,20 @@ async def read(newest: Callable[[], Path | None], tail: int, follow: bool) -> As
     file, and a model that was never started has none yet."""
     current, at = newest(), 0
     if current is not None:
-        lines, at = await asyncio.to_thread(_tail, current, tail)
+        lines, at = await asyncio.to_thread(tail_of, current, tail)
         yield lines
     while follow:
         latest = newest()
         if latest is not None and latest != current:
             current, at = latest, 0
-        if current is not None and (found := await asyncio.to_thread(_read_from, current, at))[0]:
+        if current is not None and (found := await asyncio.to_thread(read_from, current, at))[0]:
             block, at = found
             yield block
         else:
             await asyncio.sleep(LOG_POLL_S)
 
 
-def _tail(path: Path, lines: int) -> tuple[bytes, int]:
+def tail_of(path: Path, lines: int) -> tuple[bytes, int]:
     """The last lines, and where the file ended. Reads backwards in blocks."""
     with open(path, "rb") as file:
         end = at = file.seek(0, os.SEEK_END)
@@ -41,7 +41,7 @@ def _tail(path: Path, lines: int) -> tuple[bytes, int]:
     return b"".join(kept[-lines:] if lines else []), end
 
 
-def _read_from(path: Path, at: int) -> tuple[bytes, int]:
+def read_from(path: Path, at: int) -> tuple[bytes, int]:
     """What comes next, and where that ends. A file that is shorter than it was began anew (drivers/log_files.py)."""
     try:
         with open(path, "rb") as file:

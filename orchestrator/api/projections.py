@@ -102,8 +102,12 @@ def model(name: str, known: Models, view: View | None, places: Places) -> Json:
 
 
 def _spec(spec: ModelSpec) -> Json:
-    """Less what its environment must not tell: whoever reads this over a shoulder, or in a ticket, is no operator."""
-    return {**spec.model_dump(mode="json"), "env": {name: HIDDEN if SECRET.search(name) else value for name, value in spec.env.items()}}
+    return {**spec.model_dump(mode="json"), "env": shown_env(spec.env)}
+
+
+def shown_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Less what it must not tell: whoever reads this over a shoulder, or in a ticket, is no operator."""
+    return {name: HIDDEN if SECRET.search(name) else value for name, value in env.items()}
 
 
 def _engine(found: Instance, seen: EngineSeen | None, view: View, places: Places) -> Json:
@@ -222,6 +226,11 @@ def _budget(gpu: GpuReading, view: View) -> Json:
         "age_s": round(max(0.0, time.monotonic() - gpu.read_at), 3),
         "error": gpu.error,
     }
+
+
+def venv(kind: str, python: Path, args: Sequence[str], env: Mapping[str, str], version: str) -> Json:
+    """What engines of a venv are started with, but for what is secret."""
+    return {"kind": kind, "python": str(python), "args": list(args), "env": shown_env(env), "version": version}
 
 
 def host(known: Models, view: View | None, budget_bytes: int | None) -> Json:

@@ -103,11 +103,12 @@ class Reconciler:
 
     def heed(self, rules: Rules, interval_s: float) -> None:
         """From the next look on."""
-        self._rules, self._interval_s = rules, interval_s
+        self._rules, self._interval_s = replace(rules, stopping=self._stopping), interval_s
 
     def stop(self) -> None:
         """From now on no model is wanted: what runs is drained and ended."""
         self._stopping = True
+        self._rules = replace(self._rules, stopping=True)
         self._wake.set()
 
     async def tick(self) -> None:
@@ -164,12 +165,13 @@ class Reconciler:
             if old is None and instance.state is State.STOPPED:
                 continue
             bad = instance.failing or instance.state in (State.BACKOFF, State.FAILED)
-            log.log(logging.WARNING if bad else logging.INFO, "%s: %s: %s", name, instance.state, instance.reason)
+            told = {"told": {"model": name, "kind": instance.state.value}}
+            log.log(logging.WARNING if bad else logging.INFO, "%s: %s: %s", name, instance.state, instance.reason, extra=told)
             events.append(Event(time.time(), name, instance.state.value, instance.reason))
             seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
             self._counts.moved(old, instance, adopted=seen is not None and seen.adopted)
         for name in before.keys() - plan.instances.keys():
-            log.info("%s: gone", name)
+            log.info("%s: gone", name, extra={"told": {"model": name, "kind": "gone"}})
             self._counts.forget(name)
         if events:
             self._note(events)

@@ -7,22 +7,22 @@ import asyncio
 import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from pydantic import ValidationError
 
 from orchestrator.control.ports import Sources, Store
+from orchestrator.control.shelf import Applied, Reloaded, Shelf, ceiling_problems, overridden
 from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError
 from orchestrator.policy.actions import Learn
 from orchestrator.policy.admission import reserve_bytes
-from orchestrator.policy.footprint import Footprint, estimate, floor_bytes, request_bytes
+from orchestrator.policy.footprint import Footprint, estimate, floor_bytes
 from orchestrator.policy.lifecycle import NEVER, Known, Rules, Want
 from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.placement import allowed, never_fits, wanted_gpus
 from orchestrator.policy.snapshot import GpuReading
 from orchestrator.policy.stored import Stored
-from orchestrator.policy.units import show_bytes
 
 LIMIT_FIELDS = ("kv_floor", "kv_ceiling", "kv_weight", "priority")  # what `limit` may change while an engine runs
 LONGEST_NAME = 128  # policy/model.py, NAME
@@ -34,27 +34,6 @@ class Venv(Protocol):
 
     @property
     def args(self) -> Sequence[str]: ...
-
-
-@dataclass(slots=True)
-class Shelf:
-    """All models as files and store have them, before anybody sees it."""
-
-    known: dict[str, Known] = field(default_factory=dict)
-    bases: dict[str, ModelSpec] = field(default_factory=dict)  # as it was written, before overrides
-    by_name: dict[str, str] = field(default_factory=dict)  # names, aliases and adapters -> model
-    dropped: list[str] = field(default_factory=list)  # models whose overrides no longer go with their spec
-    overruled: list[str] = field(default_factory=list)  # models in the store whose name a config file has taken: the file wins
-
-
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """What a reload made of the models. `changed`: the fields of each that are others now; of one that another owner has, `owner` too."""
-
-    added: tuple[str, ...]
-    changed: Mapping[str, tuple[str, ...]]
-    removed: tuple[str, ...]
-    unchanged: int
 
 
 class Registry:
@@ -91,20 +70,55 @@ class Registry:
         async with self._changing:
             file_specs = tuple(file_specs)
             shelf = self._read(file_specs, await self._store.load())
-            changed = {name: fields for name in shelf.known if name in self._known and (fields := self._changed(name, shelf))}
-            added = [name for name in shelf.known if name not in self._known]
-            problems = [
-                Problem(f"models.{name}.{problem.where}", problem.what)
-                for name in (*added, *changed)
-                if (model := shelf.known[name]).owner == "file" and set(changed.get(name, ())) != {"owner"}
-                for problem in self._problems(model.spec, model.footprint, gpus)
-            ]
-            if problems:
-                raise SpecError(problems)
+            added, changed = self._difference(shelf)
+            self._refuse_faults([name for name in (*added, *changed) if shelf.known[name].owner == "file"], changed, shelf, gpus)
             removed = tuple(name for name in self._known if name not in shelf.known)
             self._file_specs = file_specs
             self._take(shelf)
-            return Reloaded(tuple(added), changed, removed, len(shelf.known) - len(added) - len(changed))
+            return Reloaded(added, changed, removed, len(shelf.known) - len(added) - len(changed))
+
+    async def apply(self, specs: Sequence[ModelSpec], prune: bool, gpus: Sequence[GpuReading], dry_run: bool = False) -> Applied:
+        """Those added by API are as these now: what `limit`, `pin` and `adapt` changed of one that differs is over, and only a hold stays.
+        `prune`: those that are not named are removed. Raises SpecError with all that is wrong, StoreError; then nothing was changed."""
+        async with self._changing:
+            stored, given = await self._store.load(), {spec.name: spec for spec in specs}
+            mine = {name: model.spec for name, model in self._known.items() if model.owner == "api"}
+            put = [spec for name, spec in given.items() if mine.get(name) != spec]
+            removed = [name for name in mine if prune and name not in given]
+            gone = {*removed, *(spec.name for spec in put)}
+            after = replace(
+                stored,
+                models=(*(spec for spec in stored.models if spec.name not in gone), *put),  # who is untouched keeps its names
+                held=stored.held - (given.keys() - mine.keys()),
+                overrides={name: fields for name, fields in stored.overrides.items() if name not in gone},
+            )
+            shelf = self._read(self._file_specs, after)
+            self._refuse_clashes(put, shelf)
+            added, changed = self._difference(shelf)
+            self._refuse_faults((*added, *changed), changed, shelf, gpus)
+            told = Applied(
+                added=tuple(shelf.known[name].spec for name in added),
+                changed=tuple((self._known[name].spec, shelf.known[name].spec) for name in changed),
+                removed=tuple(mine[name] for name in removed),
+                unchanged=tuple(name for name in given if name not in added and name not in changed),
+            )
+            if not dry_run and gone:
+                await self._store.change_models(put, removed, time.time())
+                self._take(self._read(self._file_specs, after))  # anew: much may have been learned and asked for meanwhile
+            return told
+
+    def _refuse_clashes(self, put: Sequence[ModelSpec], shelf: Shelf) -> None:
+        problems = []
+        for spec in put:
+            taken = {name: of for name in spec.names if (of := shelf.by_name.get(name, spec.name)) != spec.name}
+            known = self._known.get(spec.name)
+            if known is not None and known.owner == "file":
+                problems.append(Problem(f"models.{spec.name}", "a config file defines it: change it there, then `orchestratorctl reload`"))
+            elif taken:
+                name, of = next(iter(taken.items()))
+                problems.append(Problem(f"models.{spec.name}", f"the name {name!r} is that of the model {of!r}: take another one"))
+        if problems:
+            raise SpecError(problems)
 
     def heed(self, rules: Rules) -> None:
         """These hold from now on."""
@@ -127,7 +141,7 @@ class Registry:
         """As it is now; what operators did to one that is known stays. Marked `preload` it counts as started when that is first read."""
         held, overrides = base.name in stored.held, stored.overrides.get(base.name, {})
         try:
-            spec = _overridden(base, overrides)
+            spec = overridden(base, overrides)
         except ValidationError:  # the config file has changed under them
             shelf.dropped.append(base.name)
             spec, overrides = base, {}
@@ -141,10 +155,28 @@ class Registry:
         footprint = self._footprint_after(base.name, spec)
         return replace(before, spec=spec, footprint=footprint, owner=owner, held=held, started_at=started_at, overrides=overrides)
 
+    def _difference(self, shelf: Shelf) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+        """Who would be new, and which fields of whom would change."""
+        changed = {name: fields for name in shelf.known if name in self._known and (fields := self._changed(name, shelf))}
+        return tuple(name for name in shelf.known if name not in self._known), changed
+
     def _changed(self, name: str, shelf: Shelf) -> tuple[str, ...]:
         before, after = self._known[name], shelf.known[name]
         fields = [each for each in ModelSpec.model_fields if getattr(before.spec, each) != getattr(after.spec, each)]
         return (*fields, *(["owner"] if before.owner != after.owner else []))
+
+    def _refuse_faults(
+        self, names: Iterable[str], changed: Mapping[str, tuple[str, ...]], shelf: Shelf, gpus: Sequence[GpuReading]
+    ) -> None:
+        """Raises SpecError with all that can not work here."""
+        problems = [
+            Problem(f"models.{name}.{problem.where}", problem.what)
+            for name in names
+            if set(changed.get(name, ())) != {"owner"}
+            for problem in self._problems(shelf.known[name].spec, shelf.known[name].footprint, gpus)
+        ]
+        if problems:
+            raise SpecError(problems)
 
     def _take(self, shelf: Shelf) -> None:
         self._known, self._bases, self._by_name = shelf.known, shelf.bases, shelf.by_name
@@ -228,10 +260,10 @@ class Registry:
                     [Problem(field, f"can not be changed while it runs; these can: {', '.join(LIMIT_FIELDS)}") for field in unknown]
                 )
             overrides = {k: v for k, v in {**self._known[name].overrides, **changes}.items() if v is not None}
-            spec = _overridden(self._bases[name], overrides)
+            spec = overridden(self._bases[name], overrides)
             self._refuse_taken(spec, but=name)
             footprint = self._footprint_after(name, spec)
-            if problems := _ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
+            if problems := ceiling_problems(spec, footprint) or self._size_problems("kv_floor", spec, footprint, gpus):
                 raise SpecError(problems)
             await self._store.set_overrides(name, overrides)
             footprint = self._footprint_after(name, spec)  # with what was learned meanwhile
@@ -328,7 +360,7 @@ class Registry:
             problems.append(Problem("tensor_parallel_size", f"{wanted_gpus(spec)}, {len(usable)} here: {here or 'none'}"))
         if problems:
             return problems
-        return _ceiling_problems(spec, footprint) + self._size_problems("source", spec, footprint, gpus)
+        return ceiling_problems(spec, footprint) + self._size_problems("source", spec, footprint, gpus)
 
     def _size_problems(self, field: str, spec: ModelSpec, footprint: Footprint, gpus: Sequence[GpuReading]) -> list[Problem]:
         """That not even empty cards could hold it, with the arithmetic."""
@@ -340,20 +372,3 @@ class Registry:
         parts = footprint.parts if footprint.source == "estimated" else {"learned": footprint.start_bytes}
         why = never_fits(spec, parts, floor_bytes(spec, footprint), reserve, [by_uuid[uuid] for uuid in usable])
         return [Problem(field, f"can never fit: {why}")] if why else []
-
-
-def _overridden(spec: ModelSpec, overrides: Mapping[str, object]) -> ModelSpec:
-    """Raises pydantic's ValidationError."""
-    return ModelSpec.model_validate({**spec.model_dump(), **overrides}) if overrides else spec
-
-
-def _ceiling_problems(spec: ModelSpec, footprint: Footprint) -> list[Problem]:
-    """A request that its ceiling can never hold would stall the engine for ever, so a ceiling must hold the longest."""
-    if spec.kv_ceiling is None or not footprint.bundle_bytes:
-        return []
-    least = max(2 * footprint.bundle_bytes, request_bytes(footprint, footprint.max_model_len) if footprint.max_model_len else 0)
-    if spec.kv_ceiling >= least:
-        return []
-    what = f"one request of {footprint.max_model_len} tokens" if footprint.max_model_len else "two page bundles"
-    mend = "raise it, or lower --max-model-len"
-    return [Problem("kv_ceiling", f"{show_bytes(spec.kv_ceiling)} cannot hold {what} ({show_bytes(least)}): {mend}")]

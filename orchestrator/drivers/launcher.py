@@ -38,6 +38,7 @@ SEGMENT_TIMEOUT_S = 10.0  # kvcached makes its segment before the server answers
 SERVED_S = 20.0  # a busy API server answers /health in a second; one that does not answer for this long hangs
 LONG_S = 10.0  # SIGKILL takes milliseconds, 4 s where a driver unmaps a whole card
 HINDRANCES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+STRANGE_S = 7 * 86400.0  # so long the logs of a model stay that was removed
 KEPT_LOGS = 5  # of earlier launches of the same model
 
 
@@ -163,7 +164,20 @@ class Launcher:
 
     def log_file(self, model: str) -> Path | None:
         """The newest log of a model, also of an engine that is over."""
-        return max(self._logs.glob(f"{_log_stem(model)}.*.log"), key=lambda path: path.stat().st_mtime, default=None)
+        return next(iter(self.log_files(model)), None)
+
+    def log_files(self, model: str) -> list[Path]:
+        """All logs of a model that are kept, of the newest launch first."""
+        found = []
+        for path in self._logs.glob(f"{_log_stem(model)}.*.log"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    async def drop_logs(self, models: Iterable[str]) -> None:
+        """Remove those of models that are not among these, and that nobody has written to for a week."""
+        stems = {_log_stem(model) for model in (*models, *(run.model for run in self._runs.values()))}
+        await asyncio.to_thread(log_files.drop, self._logs, stems, time.time() - STRANGE_S)
 
     async def cap_logs(self, most_bytes: int) -> None:
         """Have each log of more than that begin anew, those of engines that were adopted too: see log_files.py."""
@@ -304,8 +318,7 @@ class Launcher:
 
     def _drop_old_logs(self, model: str) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        old = sorted(self._logs.glob(f"{_log_stem(model)}.*.log"), key=lambda path: path.stat().st_mtime)
-        for path in old[: -KEPT_LOGS or None]:
+        for path in self.log_files(model)[KEPT_LOGS:]:
             log_files.remove(path)
 
     # ---- from the first signal to nothing left --------------------------------------------------------------------

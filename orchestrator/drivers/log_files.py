@@ -8,10 +8,12 @@ between the last look at its end and the cut is lost. Where the disk takes no co
 import contextlib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 # Of ours alone: `dirs.logs` may be a folder that others log to.
 OURS = re.compile(r"(.+-[0-9a-f]{6}\.[0-9a-f]{8}|launch-server-.+|nvml)\.log")
+LAUNCH = re.compile(r"(.+-[0-9a-f]{6})\.[0-9a-f]{8}\.log")
 KEPT = ".1"
 BLOCK = 1 << 20
 READ = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # to read and to cut; a link or a pipe in its place is nobody's log
@@ -26,6 +28,19 @@ def cap(folder: Path, most_bytes: int) -> list[Path]:
             with contextlib.suppress(OSError):
                 if OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False) and entry.stat().st_size > most_bytes:
                     begin_anew(Path(entry.path))
+                    found.append(Path(entry.path))
+    return found
+
+
+def drop(folder: Path, stems: Collection[str], before: float) -> list[Path]:
+    """Those of launches of no model of these that nobody has written to since `before` (epoch): removed."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                match = LAUNCH.fullmatch(entry.name)
+                if match and match[1] not in stems and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < before:
+                    remove(Path(entry.path))
                     found.append(Path(entry.path))
     return found
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from orchestrator.policy.stored import Event, Stored
 log = logging.getLogger(__name__)
 
 KEPT_EVENTS = 20_000
+KEPT_USAGE = timedelta(days=400)  # thirteen months
 UNWRITTEN_EVENTS = 1_000  # kept for later while the file can not be written; the oldest go
 IMPATIENT_MS = 100  # for a lock that outlasted one wait of WAIT_S, until a change succeeds: callers are told at once
 T = TypeVar("T")
@@ -42,6 +44,9 @@ class SqliteStore:
         self._db: sqlite3.Connection | None = None
         self._place = (0, 0)  # device and inode
         self._events: deque[Event] = deque(maxlen=UNWRITTEN_EVENTS)  # not written yet
+        self._last_id = 0
+        self._usage_day = ""  # the newest; what is too old goes with the first of each
+        self.told = asyncio.Event()  # set with the next event, and then another one
         self._footprints: dict[str, dict[str, float]] = {}  # neither
         self._lost: str | None = None
         self._lost_keys = False
@@ -57,6 +62,7 @@ class SqliteStore:
 
         def work() -> None:
             self._db, self._lost = open_file(self._path)
+            self._last_id = self._db.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()[0]
             found = os.stat(self._path)
             self._place = (found.st_dev, found.st_ino)
             self._lost_keys = lost_keys(self._path)
@@ -150,15 +156,23 @@ class SqliteStore:
     async def add_events(self, events: Sequence[Event]) -> None:
         """Never raises StoreError."""
         await self._in_thread(lambda: self._commit_seen(events, {}))
+        told, self.told = self.told, asyncio.Event()
+        told.set()
 
-    async def events(self, model: str | None, limit: int) -> list[Event]:
-        """The newest `limit`, oldest first, with those that are not written yet."""
-        where, values = ("WHERE model = ?", (model, limit)) if model is not None else ("", (limit,))
-        sql = f"SELECT at, model, kind, reason FROM events {where} ORDER BY id DESC LIMIT ?"
+    async def events(self, model: str | None, limit: int, kind: str | None = None, since: float = 0.0, after: int = 0) -> list[Event]:
+        """The newest `limit`, oldest first, with those that are not written yet: of one model or of all, of a kind, not older than `since`
+        (epoch), with an id above `after`."""
+        asked = [("model = ?", model), ("kind = ?", kind), ("at >= ?", since or None), ("id > ?", after or None)]
+        where = " AND ".join(sql for sql, value in asked if value is not None) or "true"
+        values = (*(value for _, value in asked if value is not None), limit)
+        sql = f"SELECT at, model, kind, reason, id FROM events WHERE {where} ORDER BY id DESC LIMIT ?"
+
+        def fits(event: Event) -> bool:
+            return model in (None, event.model) and kind in (None, event.kind) and event.at >= since and event.id > after
 
         def read(db: sqlite3.Connection) -> list[Event]:
             kept = [Event(*row) for row in reversed(db.execute(sql, values).fetchall())]
-            return [*kept, *(event for event in self._events if model in (None, event.model))][-limit:]
+            return [*kept, *filter(fits, self._events)][-limit:]
 
         return await self._run(read)
 
@@ -198,6 +212,9 @@ class SqliteStore:
                 " completion_tokens = completion_tokens + excluded.completion_tokens",
                 [(*row, day) for row, day in used],
             )
+            if used and (day := max(day for _, day in used)) != self._usage_day:
+                self._usage_day = day
+                db.execute("DELETE FROM usage WHERE day < ?", (str(date.fromisoformat(day) - KEPT_USAGE),))
             db.executemany("UPDATE keys SET last_used_at = ? WHERE name = ?", [(at, name) for name, at in last_used_at.items()])
 
         await self._change(write)
@@ -258,7 +275,9 @@ class SqliteStore:
 
     def _commit_seen(self, events: Sequence[Event], footprints: Mapping[str, dict[str, float]]) -> None:
         """Now, or with the next change that can be written."""
-        self._events.extend(replace(event, reason=event.reason.encode(errors="replace").decode()) for event in events)
+        for event in events:
+            self._last_id += 1
+            self._events.append(replace(event, reason=event.reason.encode(errors="replace").decode(), id=self._last_id))
         self._footprints |= footprints
         with contextlib.suppress(sqlite3.Error, StoreError):  # it was logged, once
             self._commit(lambda db: None)
@@ -268,7 +287,7 @@ class SqliteStore:
             db.execute("INSERT OR REPLACE INTO footprints VALUES (?, ?)", (key, json.dumps(figures)))
         if self._events:
             rows = [astuple(event) for event in self._events]
-            db.executemany("INSERT INTO events (at, model, kind, reason) VALUES (?, ?, ?, ?)", rows)
+            db.executemany("INSERT INTO events (at, model, kind, reason, id) VALUES (?, ?, ?, ?, ?)", rows)
             db.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (KEPT_EVENTS,))
 
     def _check_place(self) -> None:

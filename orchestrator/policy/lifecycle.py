@@ -57,6 +57,7 @@ class Rules:
     reserve_bytes: int | None = None  # per GPU; None: 3 % of the card, at least 0.5 GiB more than kvcached's own headroom
     drain_timeout_s: float = 60.0
     host_budget_bytes: int = 1 << 62  # of host memory, for all that sleep
+    stopping: bool = False  # the daemon itself: no model is known any more
 
 
 def wanted(known: Known | None, traffic: TrafficSeen, instance: Instance, now: float) -> tuple[Want, str]:
@@ -105,6 +106,8 @@ def step(instance: Instance, known: Known | None, snapshot: Snapshot, rules: Rul
     now = snapshot.now
     traffic = snapshot.traffic.get(instance.model, TrafficSeen())
     want, why = wanted(known, traffic, instance, now)
+    if known is None and rules.stopping:
+        why = "the daemon stops"
     seen = snapshot.engines.get(instance.launch.id) if instance.launch else None
     match instance.state:
         case State.STOPPED if want is Want.READY:

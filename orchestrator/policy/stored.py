@@ -8,12 +8,14 @@ from orchestrator.policy.model import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One real change, with its reason. `at`: seconds since the epoch. `kind`: the state it led to, or what an operator did."""
+    """One real change, with its reason. `at`: seconds since the epoch. `kind`: the state it led to, or what an operator did. `id`: grows
+    from each that is kept to the next, also over restarts; 0: not kept yet."""
 
     at: float
     model: str
     kind: str
     reason: str
+    id: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

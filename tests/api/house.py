@@ -14,8 +14,11 @@ from typing import Any
 
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
+from orchestrator.api.events import EventsApi
 from orchestrator.api.keys import KeysApi
+from orchestrator.api.merged_logs import LogsApi
 from orchestrator.api.metrics import Metrics
 from orchestrator.api.openai import forwarded, models_router
 from orchestrator.api.peers import Peers
@@ -123,7 +126,10 @@ class Engines:
         self.seen.pop(launch_id, None)
 
     def log_file(self, model: str) -> Path | None:
-        return max(self.logs.glob(f"{slug(model)}.*.log"), default=None)
+        return next(iter(self.log_files(model)), None)
+
+    def log_files(self, model: str) -> list[Path]:
+        return sorted(self.logs.glob(f"{slug(model)}.*.log"), reverse=True)
 
     def _of(self, model: str) -> Launch:
         return next(launch for launch in reversed(self.launches.values()) if launch.spec.name == model)
@@ -238,7 +244,9 @@ async def house(
         admin = Admin(registry, loop, about, socket_of, engines.log_file, store.events, lambda pid: f"eve: train.py (pid {pid})").router()
         metrics = Metrics(registry, loop, counts, EngineMetrics(upstreams, lambda: loop.view), "nvml", sleepers_limit=lambda: 64 * GIB)
         keys_api, through = KeysApi(ledger, registry.resolve, nothing), Through(proxy, registry.resolve, loop)
-        admin = operators(admin, keys_api.router(), metrics.router(), through.router())
+        merged = LogsApi(registry.known, registry.resolve, engines.log_files)
+        more = (DesiredApi(registry, loop), EventsApi(store), merged, keys_api, metrics, through)
+        admin = operators(admin, *(each.router() for each in more))
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         private = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         private.bind(str(folder / "admin.sock"))

@@ -153,7 +153,7 @@ async def test_events_of_all_models_newest_last(folder: Path) -> None:
         assert [event["at"] for event in events] == sorted(event["at"] for event in events)
         assert len((await at.operate("GET", "/events?tail=1")).json["events"]) == 1
         assert {e["model"] for e in (await at.operate("GET", "/events?model=org/file")).json["events"]} == {"org/file"}
-        assert (await at.operate("GET", "/events?tail=0")).error["param"] == "tail"
+        assert (await at.operate("GET", "/events?tail=-1")).error["param"] == "tail"
 
 
 async def test_status_tells_where_and_how_much(folder: Path) -> None:

@@ -287,6 +287,14 @@ class FakeStore:
         self.held.discard(name)
         self.overrides.pop(name, None)
 
+    async def change_models(self, put: Sequence[ModelSpec], removed: Sequence[str], at: float) -> None:
+        await self._write()
+        for name in (*removed, *(spec.name for spec in put)):
+            if self.models.pop(name, None) is None or name in removed:
+                self.held.discard(name)
+            self.overrides.pop(name, None)
+        self.models |= {spec.name: spec for spec in put}
+
     async def set_overrides(self, name: str, overrides: Mapping[str, object]) -> None:
         await self._write()
         self.overrides[name] = dict(overrides)
@@ -303,8 +311,8 @@ class FakeStore:
         await self._write()
         self.kept.extend(events)
 
-    async def events(self, model: str | None, limit: int) -> Sequence[Event]:
-        return [event for event in self.kept if model in (None, event.model)][-limit:]
+    async def events(self, model: str | None, limit: int, kind: str | None = None, since: float = 0.0, after: int = 0) -> Sequence[Event]:
+        return [event for event in self.kept if model in (None, event.model) and kind in (None, event.kind)][-limit:]
 
     async def _write(self) -> None:
         if self.gate is not None:

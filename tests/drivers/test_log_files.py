@@ -150,3 +150,13 @@ async def test_the_log_of_an_adopted_engine_is_bounded_too(shop: Workshop) -> No
     await shop.launcher.cap_logs(5_000)
     assert b"x" * 10_000 in log_files.kept(shop.log(launch)).read_bytes()
     assert shop.log(launch).stat().st_size < 5_000  # it is asked for its health, and writes lines
+
+
+def test_logs_of_models_that_are_gone_go_after_a_while_and_nothing_else(tmp_path: Path) -> None:
+    old = [f"gone-0123ab.{n}2345678.log" for n in range(2)]
+    for name in (*old, f"{old[0]}.1", "new-0123ab.12345678.log", "here-0123ab.12345678.log", "launch-server-default.log", "other.log"):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (1000.0, 1000.0 if "new" not in name else 3000.0))
+    assert sorted(log_files.drop(tmp_path, {"here-0123ab"}, 2000.0)) == [tmp_path / name for name in old]
+    kept = ["here-0123ab.12345678.log", "launch-server-default.log", "new-0123ab.12345678.log", "other.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
