@@ -3,7 +3,6 @@
 No BaseHTTPMiddleware anywhere: one of them costs as much as the whole proxy and hides a client's leaving.
 """
 
-import hmac
 from collections.abc import Mapping
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -14,11 +13,12 @@ from starlette.routing import Route as Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator import __version__
-from orchestrator.api import error_body, openapi, routes
+from orchestrator.api import browsers, error_body, openapi, routes
 from orchestrator.api.ids import IDS, ids
 from orchestrator.api.peers import Peers
 from orchestrator.api.routes import Model, Route
 from orchestrator.api.talk import Talk
+from orchestrator.api.viewing import bears
 from orchestrator.errors import BadRequest, OrchestratorError, RouteNotFound, Unauthorized
 
 
@@ -63,9 +63,12 @@ def operators(*routers: APIRouter) -> APIRouter:
     return joined
 
 
-def operators_app(admin: APIRouter, peers: Peers) -> FastAPI:
+def operators_app(admin: APIRouter, peers: Peers, *public: APIRouter) -> FastAPI:
+    """`public`: for whoever may connect."""
     app = _app("orchestrator admin")
-    app.include_router(admin, dependencies=[Depends(peers.check)])
+    for router in public:
+        app.include_router(router)
+    app.include_router(admin, dependencies=[Depends(peers.check), Depends(browsers.check)])
     return app
 
 
@@ -80,8 +83,7 @@ def _app(title: str, openapi_url: str | None = None) -> FastAPI:
 
 def _key_check(key: str):  # type: ignore[no-untyped-def]
     async def check(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+        if not bears(request, key):
             raise Unauthorized("The admin API over TCP needs `Authorization: Bearer <admin.key>`.")
 
     return check

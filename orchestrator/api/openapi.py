@@ -50,7 +50,7 @@ FORM: Json = {
     "properties": {"model": {**NAME, "maxLength": 512}, "file": {"type": "string", "format": "binary"}},
     "required": ["model", "file"],
 }
-REFUSALS = {  # docs/api.md tells of the codes
+REFUSALS = {  # docs/errors.md tells of the codes
     400: "The request is wrong; or its engine says so.",
     401: "No key, or one that is wrong, expired or revoked.",
     403: "The key may not use this model.",
