@@ -10,6 +10,8 @@ The map of the house, top down; each folder may import only what stands below it
     drivers/      TOUCH: one file = one outside thing (processes, vLLM, NVML, kvcached's segments, SQLite, systemd)
     engine/       INSIDE an engine process: our code beside vLLM, and the simulated engine; imports nothing of the rest
     cli/          orchestratorctl: an HTTP client of api/
+    experiments/  orchestratorctl bench: measures from outside, as a client; a plain vLLM beside it
+    marked_yaml.py  YAML with the place of every value; journal.py  journald's own protocol
     errors.py     the exception tree; each error knows its HTTP status, its OpenAI code and its exit code
 """
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click import Group
 
-from orchestrator import __version__, errors, settings
+from orchestrator import __version__, settings
 from orchestrator.cli.exits import MEANINGS
 from orchestrator.cli.main import cli as orchestratorctl
 from orchestrator.commands import main as orchestratord
@@ -22,10 +22,14 @@ from orchestrator.policy.model import ModelSpec
 from orchestrator.policy.units import parse_duration, parse_size
 from orchestrator.reload import LIVE
 from orchestrator.settings import Settings
+from tests.docs import codes, commands
+from tests.docs.__main__ import MADE, current
+from tests.docs.pages import PAGES, anchors, blocks, first_cells, links, prose, section
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-API = (ROOT / "docs/api.md").read_text()
+ERRORS = (ROOT / "docs/errors.md").read_text()
+SHOWN = [(page, *each) for page in PAGES for each in sorted(set(commands.shown(page.read_text())))]
 CONFIG = ROOT / "config/orchestrator.yaml"
 
 
@@ -72,12 +76,23 @@ def test_the_committed_schema_is_current() -> None:
     assert json.loads((ROOT / "config/orchestrator.schema.json").read_text()) == settings.schema()
 
 
-def test_every_error_code_is_documented() -> None:
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.OrchestratorError)]
-    codes = {str(c.code) for c in classes if c.code}
-    for path in (ROOT / "orchestrator").rglob("*.py"):
-        codes |= set(re.findall(r'code="(\w+)"', path.read_text())) if "cli" not in path.parts and "simulator" not in path.parts else set()
-    assert sorted(code for code in codes if f"`{code}`" not in API) == []
+@pytest.mark.parametrize("page", MADE)
+def test_what_is_made_from_the_code_is_current(page: str) -> None:
+    assert (ROOT / page).read_text() == current(page), "write it anew: python -m tests.docs"
+
+
+def test_every_error_code_is_documented_and_no_other() -> None:
+    assert set(first_cells(section(ERRORS, "Of the API"))) == codes.of_the_api()
+
+
+def test_every_code_of_orchestratorctl_is_documented_and_no_other() -> None:
+    cells = set(first_cells(section(ERRORS, "Exit codes"))) - commands.PROGRAMS.keys()
+    assert cells == codes.of_the_cli()
+
+
+def test_every_fault_of_a_configuration_is_documented() -> None:
+    told = section(ERRORS, "Of the configuration").replace("`", "'")
+    assert sorted(fault for fault in codes.of_configuration() if fault.replace("`", "'") not in told) == []
 
 
 def test_every_state_is_documented() -> None:
@@ -90,8 +105,9 @@ def test_every_verb_is_in_the_readme(name: str, group: Group) -> None:
     assert [verb for verb, command in group.commands.items() if not command.hidden and f"{name} {verb}" not in README] == []
 
 
-def test_every_exit_code_is_documented() -> None:
-    assert [code for code in MEANINGS if f"| {code} |" not in API] == []
+def test_every_exit_code_is_documented_and_no_other() -> None:
+    table, _, _ = section(ERRORS, "Exit codes").partition("| `orchestratord` |")
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(MEANINGS)
 
 
 def test_every_make_target_is_in_the_readme() -> None:
@@ -99,10 +115,51 @@ def test_every_make_target_is_in_the_readme() -> None:
     assert [target for target in targets if target not in ("help",) and f"make {target}" not in README] == []
 
 
-def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page.read_text()):
+        target, _, anchor = link.partition("#")
+        there = page.parent / target if target else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_whole(page: Path) -> None:
+    for lines in re.findall(r"(?:^\|.*\n)+", prose(page.read_text()), re.MULTILINE):
+        head, *rows = (line.replace("\\|", "").count("|") for line in lines.splitlines())
+        assert set(rows) == {head}, lines.splitlines()[0]
+
+
+SETTINGS_SHOWN = [
+    (page.name, "\n".join(block.lines))
+    for page in PAGES
+    for block in blocks(page.read_text())
+    if block.kind == "yaml" and set(yaml.safe_load("\n".join(block.lines))) <= set(Settings.model_fields)
+]
+
+
+@pytest.mark.parametrize(("page", "text"), SETTINGS_SHOWN, ids=[page for page, _ in SETTINGS_SHOWN])
+def test_settings_that_are_shown_are_correct(page: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / page).write_text(text)
+    load([tmp_path / page], {})
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs/README.md"
+    told = {(index.parent / link.partition("#")[0]).resolve() for link in links(index.read_text())}
+    assert sorted(str(page) for page in PAGES if page.is_relative_to(index.parent) and page not in told | {index}) == []
+
+
+@pytest.mark.parametrize(("page", "command", "whole"), SHOWN, ids=[f"{page.name}: {command}" for page, command, _ in SHOWN])
+def test_commands_that_are_shown_are_taken(page: Path, command: str, whole: bool) -> None:
+    assert commands.fault(command, whole) is None
+
+
+def test_a_page_with_a_wrong_command_would_be_found() -> None:
+    page = "`orchestratorctl lod small`, `orchestratorctl ls --whatch`\n\n```console\n$ sudo orchestratorctl describe | less\n```\n"
+    said = {commands.fault(command, whole) for command, whole in commands.shown(page)}
+    assert said == {"orchestratorctl has no verb 'lod'", "No such option '--whatch'. Did you mean '--watch'?", "Missing argument 'NAME'."}
 
 
 def test_the_changelog_begins_with_this_version() -> None:
