@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import fcntl
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -15,24 +16,33 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator import __version__, doctor, logs
+from orchestrator.api import projections
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.board import Board
 from orchestrator.api.daemon import DaemonApi
+from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
+from orchestrator.api.events import EventsApi
 from orchestrator.api.keys import KeysApi
+from orchestrator.api.merged_logs import LogsApi
 from orchestrator.api.metrics import Metrics
 from orchestrator.api.openai import forwarded, models_router
+from orchestrator.api.page import Page
 from orchestrator.api.peers import Group, Peers
 from orchestrator.api.proxy import Proxy
+from orchestrator.api.pull import PullApi
 from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
 from orchestrator.api.through import Through
 from orchestrator.api.upstream import Upstreams
+from orchestrator.api.viewing import Viewing, chat
 from orchestrator.control.counts import Counts
+from orchestrator.control.history import History
 from orchestrator.control.keys import Keys
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
@@ -43,6 +53,7 @@ from orchestrator.control.traffic import Traffic
 from orchestrator.drivers import processes, sockets, systemd, vllm
 from orchestrator.drivers.launcher import Launcher
 from orchestrator.drivers.nvml import Nvml
+from orchestrator.drivers.pulls import Pulls
 from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.drivers.sources import Sources
 from orchestrator.drivers.store import SqliteStore
@@ -58,6 +69,7 @@ log = logging.getLogger("orchestrator")
 DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
 LAST_WORDS_S = 1.0  # a connection was made and its request is on the way: it would be closed as an idle one
 FILES = 65536  # as the service unit allows
+DROP_EVERY = 720  # looks at logs: an hour
 LOGS_S = 5.0  # how often logs are looked at: one system call each
 GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
 
@@ -147,9 +159,15 @@ async def _run(
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue, counts=counts)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     upstreams = Upstreams(launcher.socket)
-    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, counts)
+    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, counts, config.log.access)
     realtime = Realtime(traffic, registry.resolve, launcher.socket, keys)
-    loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, _feed_systemd, counts)
+    history = History(time.time() - time.monotonic())
+
+    def looked(view: View) -> None:
+        _feed_systemd(view)
+        history.look(view)
+
+    loop = Reconciler(registry, traffic, launcher, observer, store, rules, config.loop.interval, wake, looked, counts)
 
     about = About(
         listen=lambda: front.url,
@@ -161,6 +179,7 @@ async def _run(
         phases=vllm.PHASES,
         started_at=started_at,
         host_budget_bytes=rules.host_budget_bytes,
+        engines={name: projections.venv(each.kind, each.python, each.args, each.env, versions[name]) for name, each in venvs.items()},
     )
     who = processes.who
     models = Admin(registry, loop, about, launcher.socket, launcher.log_file, store.events, who, launcher.launch_servers)
@@ -193,13 +212,23 @@ async def _run(
         launch_servers=launcher.launch_servers,
         sleepers_limit=lambda: _rules(reload.now).host_budget_bytes,
     )
-    admin = operators(models.router(), keys_api.router(), daemon_api.router(), metrics.router(), through.router())
+    desired, events, pull = DesiredApi(registry, loop), EventsApi(store), PullApi(pulls := Pulls(venvs), registry)
+    merged = LogsApi(lambda: projections.names(registry.known(), loop.view), registry.resolve, launcher.log_files)
+    routes = (models, desired, events, pull, merged, keys_api, daemon_api, metrics, through)
+    admin = operators(*(each.router() for each in routes))
     boot = time.time()
     key = config.admin_key.get_secret_value() if config.admin.tcp and config.admin_key else None
-    open_routers = [models_router(registry, loop, lambda: boot, keys), *([metrics.local(key)] if config.metrics.local else [])]
-    users = UsersApp(open_routers, forwarded(proxy, realtime), admin, key)
-    front.server = Server(users, config.log.access, proxy.direct)
-    servers = [(front.server, front.socket), (Server(operators_app(admin, peers), config.log.access), admin_socket)]
+    engines_routes, page = forwarded(proxy, realtime), Page()
+    board = Board(registry, loop, counts, history, store.events)
+    shown = {"page": page.version, "gpu_source": gpu_source, "admin_socket": str(config.admin_socket), "admin_tcp": key is not None}
+    viewing = Viewing(board, keys, lambda: shown, key)
+    open_routers = [models_router(registry, loop, lambda: boot, keys), page.router(), viewing.users()]
+    if config.metrics.local:
+        open_routers.append(metrics.local(key))
+    users = UsersApp(open_routers, engines_routes, admin, key)
+    operators_all = operators(admin, viewing.operators(), chat({route.path: app for route, app in engines_routes.items()}))
+    front.server = Server(users, False, proxy.direct)
+    servers = [(front.server, front.socket), (Server(operators_app(operators_all, peers, page.router()), False), admin_socket)]
 
     for warning in warnings(registry):
         log.warning("%s", warning)
@@ -210,10 +239,11 @@ async def _run(
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
     tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
     writing = asyncio.create_task(ledger.run(), name="usage")
-    capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max), name="logs")
+    capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max, registry.known), name="logs")
     gc.collect()
     gc.freeze()  # what is there now stays: no collection needs to look at it again
-    gc.set_threshold(GC_EVERY, 5, 5)  # of what cycles there are, the older ones too: they are 100 KiB a minute under load
+    gc.collect()  # else Python waits for a fourth of what is frozen before it looks at old objects
+    gc.set_threshold(GC_EVERY, 2, 2)  # closed connections are cycles; those that grew old must not wait for hours
     log.info("serving %s, admin at %s, %s GPUs (%s), version %s", front.url, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
     if front.is_narrow:
         log.warning(
@@ -230,6 +260,7 @@ async def _run(
 
     asked = asyncio.create_task(ending.asked.wait())
     await asyncio.wait([asked, reconciling, *serving], return_when=asyncio.FIRST_COMPLETED)
+    viewing.close()
     if ending.restart:
         ending.listening = front.kept()  # who comes meanwhile waits for the next daemon
         systemd.reloading("restarting")
@@ -241,6 +272,8 @@ async def _run(
         log.info("%s: engines finish their requests and are ended", "restarting" if ending.restart else "stopping")
         loop.stop()
         await reconciling
+    events.close()
+    merged.close()
     for server, _ in servers:
         server.stop()
     await asyncio.gather(*serving)
@@ -248,6 +281,7 @@ async def _run(
     tidying.cancel()
     writing.cancel()
     capping.cancel()
+    await pulls.close()
     await ledger.close()
     upstreams.tidy(())
     await loop.settle()
@@ -282,11 +316,13 @@ async def _tidy(loop: Reconciler, upstreams: Upstreams) -> None:
             upstreams.tidy({i.launch.id for i in loop.view.plan.instances.values() if i.launch})
 
 
-async def _cap_logs(launcher: Launcher, most_bytes: int) -> None:
-    """No log of an engine fills the disk."""
-    while True:
+async def _cap_logs(launcher: Launcher, most_bytes: int, models: Callable[[], Iterable[str]]) -> None:
+    """No log of an engine fills the disk, and those of models that are gone do not stay for ever."""
+    for turn in itertools.count(1):
         await asyncio.sleep(LOGS_S)
         await launcher.cap_logs(most_bytes)
+        if turn % DROP_EVERY == 0:
+            await launcher.drop_logs(models())
 
 
 def _feed_systemd(view: View) -> None:

@@ -1,4 +1,4 @@
-"""The daemon's log: one line per real change. Text for people, JSON for a journal; one handler, set up once.
+"""The daemon's log: one line per real change. Coloured for a terminal, fields for the journal, JSON elsewhere; one handler, set up once.
 
 What a client can cause a line of, it can cause a million lines of: of such, a few a minute are written and the rest is counted.
 """
@@ -10,21 +10,42 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+
+from orchestrator import journal
 
 # Whose lines a client can cause: one for each thing that it says which is not HTTP, and for each fault of ours that it finds.
 CLIENTS = ("uvicorn.error", "websockets", "asyncio", "orchestrator.proxy", "orchestrator.realtime")
 MOST = 20  # of one kind a minute
 MOST_KINDS = 100
 MINUTE_S = 60.0
+TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {"at": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "told", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class Coloured(logging.Formatter):
+    """For eyes on a terminal: the time of day, and a level only where something is wrong."""
+
+    COLOURS: ClassVar = {logging.DEBUG: "2", logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31;1"}
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if colour := self.COLOURS.get(record.levelno):
+            time_of_day, _, rest = text.partition(" ")
+            level = "" if record.levelno == logging.DEBUG else f"{record.levelname.lower()}: "
+            return f"{time_of_day} \x1b[{colour}m{level}{rest}\x1b[0m"
+        return text
 
 
 class _NotACut(logging.Filter):
@@ -62,23 +83,37 @@ class Few(logging.Filter):
 FEW = Few()
 
 
+def _to_journal() -> logging.Handler:
+    otherwise = logging.StreamHandler()
+    otherwise.setFormatter(logging.Formatter(TEXT))
+    return journal.JournalHandler(otherwise)
+
+
 def set_up(level: str, style: str, access: bool) -> None:
-    """`style`: auto, text or json; auto is text on a terminal."""
-    text = style == "text" or (style == "auto" and sys.stderr.isatty())
-    if os.environ.get("JOURNAL_STREAM") and style == "auto":
-        text = True  # journald adds its own fields to the line
-    formatter: dict[str, Any] = {"format": "%(asctime)s %(levelname)-7s %(message)s"} if text else {"()": JsonFormatter}
+    """`style`: auto, text, json or journald; auto: for people on a terminal, fields for the journal where stderr goes there, else json."""
+    if style == "auto":
+        style = "journald" if journal.reads_stderr() else "terminal" if sys.stderr.isatty() else "json"
+    if style == "terminal" and (os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
+        style = "text"
+    formatters: dict[str, Any] = {
+        "text": {"format": TEXT},
+        "journald": {"format": "%(message)s"},
+        "terminal": {"()": Coloured},
+        "json": {"()": JsonFormatter},
+    }
+    handler: dict[str, Any] = {"()": _to_journal} if style == "journald" else {"class": "logging.StreamHandler"}
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
-            "formatters": {"line": formatter},
+            "formatters": formatters,
             "filters": {"no_cuts": {"()": _NotACut}, "few": {"()": lambda: FEW}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["no_cuts", "few"]}},
-            "root": {"level": level.upper(), "handlers": ["stderr"]},
+            "handlers": {"all": {**handler, "formatter": style, "filters": ["no_cuts", "few"]}},
+            "root": {"level": level.upper(), "handlers": ["all"]},
             "loggers": {
                 "uvicorn": {"level": "WARNING"},
-                "uvicorn.access": {"level": "INFO" if access else "CRITICAL"},
+                "uvicorn.access": {"level": "CRITICAL"},  # ours is api/access.py
+                "orchestrator.access": {"level": "INFO" if access else "CRITICAL"},
                 "httpx2": {"level": "WARNING"},
                 "httpcore2": {"level": "WARNING"},
                 "asyncio": {"level": "WARNING"},

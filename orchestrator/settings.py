@@ -115,8 +115,10 @@ class Engine(Section):
 
 class Log(Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
-    format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, json elsewhere.")
-    access: bool = Field(False, description="A line for each request.")
+    format: Literal["auto", "text", "json", "journald"] = Field(
+        "auto", description="auto: for people on a terminal, fields for systemd's journal where stderr goes there, json elsewhere."
+    )
+    access: bool = Field(False, description="A line for each request: who, model, status, tokens, times.")
     engine_max: Size = Field(
         64 * MIB, ge=4096, description="A log of an engine that is larger goes on in an empty file; the part before is kept, one."
     )

@@ -14,10 +14,12 @@ FATE = "orchestrator.fate"  # the extension of a request's scope that holds its 
 class Fate:
     """Until something else is known, its client left. Times are time.monotonic's."""
 
-    __slots__ = ("code", "first_at", "model", "since", "status", "usage")
+    __slots__ = ("code", "first_at", "granted_at", "model", "since", "status", "usage", "who")
 
     def __init__(self) -> None:
         self.since, self.model, self.status = monotonic(), "", LEFT
+        self.who = ""
+        self.granted_at: float | None = None  # the lease that it waited for
         self.first_at: float | None = None
         self.usage: Usage | None = None
         self.code: str | None = None

@@ -13,7 +13,7 @@ from typing import cast
 
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.api import asking, error_body, responses, routes, usage
+from orchestrator.api import access, asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
 from orchestrator.api.connection import CLIENT, Client, Connection
 from orchestrator.api.exchange import UNBUFFERED, Exchange
@@ -49,10 +49,13 @@ class Proxy:
         keys: Keys,
         max_body_bytes: int,
         counts: Counts | None = None,
+        tells: bool = False,
     ) -> None:
+        """`tells`: a line for each request (access.py)."""
         self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
         self._responses = Responses()
         self._count = (counts or Counts()).answered
+        self._tells = tells
 
     async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         await self._counted(scope, send, self._any(route, scope, receive, send))
@@ -67,7 +70,12 @@ class Proxy:
             await _or_error(scope, send, work)
         finally:
             first_s = None if fate.first_at is None else fate.first_at - fate.since
-            self._count(fate.model, fate.status, monotonic() - fate.since, first_s, fate.usage, fate.code)
+            took_s = monotonic() - fate.since
+            self._count(fate.model, fate.status, took_s, first_s, fate.usage, fate.code)
+            if self._tells:
+                wait_s = took_s if fate.granted_at is None else fate.granted_at - fate.since
+                request_id, route = scope["extensions"][IDS].request_id, f"{scope['method']} {scope['path']}"
+                access.told(request_id, fate.who, fate.model, route, fate.status, fate.usage, wait_s, first_s, took_s)
 
     async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
         """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
@@ -90,7 +98,7 @@ class Proxy:
             return None
         launch_id, since, give_back = self._traffic.take(model, wanted.ask)
         meter, asked = None, body
-        if caller.metered:
+        if caller.metered or self._tells:
             meter, asked = _metered(wanted, body)
         made = connection.ids()
         head = _head(b"POST", b"", connection.headers, made, route.path, len(asked), DROPPED)
@@ -99,6 +107,9 @@ class Proxy:
             now, usage = give_back(), meter.usage() if meter else None
             caller.leave(model, usage)
             self._count(model, status, now - since, first_at and first_at - since, usage, code)
+            if self._tells:
+                first_s = first_at and first_at - since
+                access.told(made.request_id, caller.client, model, f"POST {route.path}", status, usage, 0.0, first_s, now - since)
 
         return Exchange(connection, self._upstreams.of(launch_id), model, route, (head, asked), made, meter, ended)
 
@@ -111,7 +122,7 @@ class Proxy:
         if body is None:
             return  # the client left
         fate: Fate = scope["extensions"][FATE]
-        fate.since = monotonic()
+        fate.since, fate.who = monotonic(), caller.client
         wanted = asking.read(route, headers, body, caller)
         if wanted.previous:
             model = self._responses.of(wanted.previous, _owner(caller)).model
@@ -121,7 +132,7 @@ class Proxy:
         caller.enter(model)
         meter: Meter | None = None
         try:
-            if caller.metered:
+            if caller.metered or self._tells:
                 meter, body = _metered(wanted, body)
             await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
         finally:
@@ -164,6 +175,7 @@ class Proxy:
         tell = progress.tell if wanted.progress else None
         try:
             async with self._traffic.lease(model, wanted.ask, wanted.asker, tell) as launch_id:
+                scope["extensions"][FATE].granted_at = monotonic()
                 if route is not RESPONSES:
                     await self._forward(scope, send, route.path, model, launch_id, body, progress, meter)
                     return
