@@ -34,9 +34,8 @@ def adapt(call: options.Call, name: str, added: tuple[tuple[str, str], ...], rem
     changes: Json = {**dict.fromkeys(removed), **{adapter: as_the_daemon_sees_it(source) for adapter, source in added}}
     client = call.client()
     model = client.send("POST", model_path(name, "/adapters"), changes) if changes else client.get(model_path(name))
-    if call.json:
-        return screen.out_json(model)
     adapters: Json = model.get("adapters") or {}
-    screen.out("\n".join(f"{adapter}  {source}" for adapter, source in adapters.items()) or f"{model['name']} has no adapters")
-    if changes and model.get("state") in RUNNING:
+    page = "\n".join(f"{adapter}  {source}" for adapter, source in adapters.items()) or f"{model['name']} has no adapters"
+    call.show(model, lambda: page, list(adapters))
+    if call.for_people and changes and model.get("state") in RUNNING:
         screen.err(f"the engine of {model['name']} finishes its requests and is replaced; requests wait meanwhile")

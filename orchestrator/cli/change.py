@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from orchestrator.cli import options, screen, wait
+from orchestrator.cli import options, wait
 from orchestrator.cli.exits import Json, hint
 
 
@@ -38,6 +38,7 @@ class AddModel(click.Command):
 @click.option("--adapter", "adapters", multiple=True, type=options.adapter, metavar="NAME=SOURCE",
               help="A LoRA adapter of it, asked for by that name. Repeatable; ranks above 16: `-- --max-lora-rank N`.")  # fmt: skip
 @click.option("--gpu", "gpus_wanted", multiple=True, type=options.gpu, metavar="G",
+              shell_complete=options.gpu_indexes,
               help="A GPU it may use, by index or UUID. Repeatable. [default: auto]")  # fmt: skip
 @click.option(
     "--tp",
@@ -244,7 +245,4 @@ def _order(
 
 
 def _done(call: options.Call, model: Json, sentence: str) -> None:
-    if call.json:
-        screen.out_json(model)
-    else:
-        screen.out(sentence)
+    call.show(model, lambda: sentence, [str(model.get("name"))])

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 
 import click
 
+from orchestrator.cli import cells, screen
 from orchestrator.cli.exits import Json, hint
 from orchestrator.cli.tables import duration, gpu_table, gpus, seconds, size, state
 
 LABEL = 14  # the longest label and two blanks
+MARGIN = 2  # by which a page may indent these lines
+READABLE = 16  # cells: in fewer, a sentence is easier to read as the terminal breaks it
 SIZES = ("kv_floor", "kv_ceiling")
 DURATIONS = ("sleep_timeout", "idle_timeout", "min_residency", "idle_trim", "start_timeout")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD")
@@ -33,7 +36,7 @@ def model_page(model: Json) -> str:
     return "\n\n".join(parts)
 
 
-def status_page(status: Json) -> str:
+def status_page(status: Json, wide: bool = False) -> str:
     loop = status.get("loop") or {}
     counts = status.get("models") or {}
     gpus_seen: list[Json] = status.get("gpus") or []
@@ -63,7 +66,7 @@ def status_page(status: Json) -> str:
     faults += [f"GPU {gpu.get('index')}: this reading is {duration(gpu['age_s'])} old" for gpu in gpus_seen if (gpu.get("age_s") or 0) >= 5]
     if status.get("state_problem"):
         faults.append(click.style(f"State: {status['state_problem']}", fg="red"))
-    return "\n".join([head, "", gpu_table(gpus_seen) if gpus_seen else "no GPU seen", *faults])
+    return "\n".join([head, "", gpu_table(gpus_seen, wide) if gpus_seen else "no GPU seen", *faults])
 
 
 def _sleepers(host: Json) -> str | None:
@@ -243,6 +246,9 @@ def _ms(value: float | None) -> str:
 
 def labelled(rows: Sequence[tuple[str, object]]) -> str:
     """`label  value` lines; a row without a value is left out, a value of several lines is indented under its first."""
-    wide = max([LABEL, *(len(label) + 2 for label, value in rows if value not in (None, ""))])
-    indent = "\n" + " " * wide
-    return "\n".join(f"{label.ljust(wide)}{str(value).replace(chr(10), indent)}" for label, value in rows if value not in (None, ""))
+    there = [(label, str(value)) for label, value in rows if value not in (None, "")]
+    wide = max([LABEL, *(cells.width(label) + 2 for label, _ in there)])
+    indent, room = "\n" + " " * wide, screen.width()
+    if room is not None and room - wide - MARGIN >= READABLE:
+        there = [(label, "\n".join(cells.wrap(value, room - wide - MARGIN))) for label, value in there]
+    return "\n".join(f"{cells.pad(label, wide)}{value.replace(chr(10), indent)}" for label, value in there)

@@ -1,10 +1,12 @@
 """doctor: what of the daemon's machine is not as it should be, each with the mend."""
 
+from collections.abc import Sequence
+
 import click
 
-from orchestrator.cli import options, screen
+from orchestrator.cli import options
 from orchestrator.cli.describe import bare
-from orchestrator.cli.exits import FAILED
+from orchestrator.cli.exits import FAILED, Json
 
 COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 WIDTH = max(map(len, COLOURS))
@@ -27,13 +29,16 @@ def doctor(ctx: click.Context) -> None:
     """
     call: options.Call = ctx.obj
     answer = call.client().get("/doctor")
-    if call.json:
-        screen.out_json(answer)
-    else:
-        for found in answer["findings"]:
-            state = click.style(str(found["state"]).ljust(WIDTH), fg=COLOURS.get(found["state"]))
-            screen.out(f"{state}  {bare(found['about'])}: {bare(found['what'])}")
-            if found["mend"]:
-                screen.out(f"{'':{WIDTH}}  -> {bare(found['mend'])}")
+    call.show(answer, lambda: page(answer["findings"]), [bare(found["about"]) for found in answer["findings"]])
     if any(found["state"] == "bad" for found in answer["findings"]):
         ctx.exit(FAILED)
+
+
+def page(findings: Sequence[Json]) -> str:
+    lines = []
+    for found in findings:
+        state = click.style(str(found["state"]).ljust(WIDTH), fg=COLOURS.get(found["state"]))
+        lines.append(f"{state}  {bare(found['about'])}: {bare(found['what'])}")
+        if found["mend"]:
+            lines.append(f"{'':{WIDTH}}  -> {bare(found['mend'])}")
+    return "\n".join(lines)

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli.describe import bare, labelled
+from orchestrator.cli import cells, screen
+from orchestrator.cli.describe import READABLE, bare, labelled
 from orchestrator.cli.exits import Json
-from orchestrator.cli.tables import MIB, size, table
+from orchestrator.cli.tables import GAP, MIB, NAME_MIN, size, table
 
 BUDGET = ("WHAT", "SIZE", "MODEL", "WHY")
 POOLS = ("MODEL", "LIMIT", "USED", "PREALLOC", "FLOOR", "CEILING", "DEMAND", "TARGET", "WEIGHT", "STATUS")
+POOLS_LEAST = ("WEIGHT", "PREALLOC", "TARGET", "CEILING", "FLOOR", "DEMAND", "STATUS", "USED")
 POOL_SIZES = tuple(f"{column.lower()}_bytes" for column in POOLS[1:8])
 
 
@@ -39,8 +41,8 @@ def about(gpu: Json, model: Json) -> Json | None:
     return {**gpu, "lines": [*own, _others(rest)] if rest else own, "pools": pools}
 
 
-def page(gpus: Sequence[Json], no_pool: str = "no KV pool on this GPU") -> str:
-    return "\n\n".join(_gpu(gpu, no_pool) for gpu in gpus) or "no GPU seen"
+def page(gpus: Sequence[Json], no_pool: str = "no KV pool on this GPU", wide: bool = False) -> str:
+    return "\n\n".join(_gpu(gpu, no_pool, wide) for gpu in gpus) or "no GPU seen"
 
 
 def plain(text: object) -> str:
@@ -57,7 +59,7 @@ def whole_mib(values: Sequence[int]) -> list[int]:
     return shown
 
 
-def _gpu(gpu: Json, no_pool: str) -> str:
+def _gpu(gpu: Json, no_pool: str, wide: bool) -> str:
     index, pools = gpu.get("index"), _pools(gpu)
     head = click.style(f"GPU {index}", bold=True) + f": {gpu.get('name')}, {gpu.get('uuid')}"
     if error := gpu.get("error"):
@@ -69,7 +71,7 @@ def _gpu(gpu: Json, no_pool: str) -> str:
         return "\n\n".join([head, _budget(gpu), no_pool])
     share = f"KV memory for all pools of this GPU: {size(gpu.get('pool_bytes'))}"
     words = labelled([(str(pool.get("model")), _words(pool)) for pool in pools])
-    return "\n\n".join([head, _budget(gpu), "\n".join([share, table(POOLS, [_pool_row(pool) for pool in pools])]), words])
+    return "\n\n".join([head, _budget(gpu), "\n".join([share, _pool_table(pools, wide)]), words])
 
 
 def _budget(gpu: Json) -> str:
@@ -83,11 +85,29 @@ def _budget(gpu: Json) -> str:
     whats = [(str(line.get("what")), str(line.get("model") or "-"), _why(line)) for line in lines]
     whats.append(("total", "-", meaning))
     rows = [[what, amount.rjust(wide), model, why] for (what, model, why), amount in zip(whats, shown, strict=True)]
-    text = table((BUDGET[0], BUDGET[1].rjust(wide), *BUDGET[2:]), rows)
+    text = _folded((BUDGET[0], BUDGET[1].rjust(wide), *BUDGET[2:]), rows)
     if gap:
         fault = f"these lines do NOT add up: they sum to {sum(amounts)} bytes, {abs(gap)} {'more' if gap > 0 else 'less'} than the card"
         text += "\n" + click.style(f"{fault}; a fault of the daemon's, please report it", fg="red")
     return text
+
+
+def _folded(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table; on a narrow terminal names give way and reasons are folded in their column, or stand below their line."""
+    room = screen.width()
+    if room is None:
+        return table(headers, rows)
+    shorter = [[what, amount, cells.tail(model, max(NAME_MIN, room // 4))] for what, amount, model, _ in rows]
+    left = table(headers[:3], shorter).split("\n")
+    wide = max(map(cells.width, left)) + len(GAP)
+    beside = room - wide >= READABLE
+    lines = [cells.pad(left[0], wide) + headers[3] if beside else left[0]]
+    for line, (*_, why) in zip(left[1:], rows, strict=True):
+        parts = cells.wrap(why, room - wide if beside else room - len(GAP))
+        lines += (
+            [cells.pad(line, wide) + parts[0], *(" " * wide + part for part in parts[1:])] if beside else [line, *(GAP + p for p in parts)]
+        )
+    return "\n".join(lines)
 
 
 def _why(line: Json) -> str:
@@ -100,6 +120,15 @@ def _others(rest: Sequence[Json]) -> Json:
     amounts = [sum(int(line.get("bytes") or 0) for line in rest if str(line.get("what")) == what) for what in whats]
     why = ", ".join(f"{what} {amount}MiB" for what, amount in zip(whats, whole_mib(amounts), strict=True))
     return {"what": "others", "who": None, "model": None, "bytes": sum(amounts), "why": why}
+
+
+def _pool_table(pools: Sequence[Json], wide: bool) -> str:
+    if wide:
+        rows = [
+            [*_pool_row(pool), size(pool.get("charge_bytes")), size(pool.get("bundle_bytes")), str(pool.get("launch_id"))] for pool in pools
+        ]
+        return table((*POOLS, "CHARGE", "BUNDLE", "LAUNCH"), rows)
+    return table(POOLS, [_pool_row(pool) for pool in pools], least=POOLS_LEAST)
 
 
 def _pool_row(pool: Json) -> list[str]:

@@ -6,15 +6,16 @@ A key is printed once, alone on stdout, when it is made: the daemon keeps only i
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import click
 
 from orchestrator.cli import options, screen, tables
-from orchestrator.cli.exits import CliError, DeadlinePassed, Json, hint
+from orchestrator.cli.exits import Json, hint
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 LIMITS = {"rpm": "rpm", "tpm": "tpm", "concurrency": "concurrency", "monthly_tokens": "monthly"}
+COLUMNS = ("NAME", "STATE", "KEY", "MODELS", "PRIORITY", "WEIGHT", "LIMITS", "LAST-USED", "TODAY", "MONTH", "EXPIRES")
+LEAST = ("KEY", "WEIGHT", "PRIORITY", "LAST-USED", "MODELS", "LIMITS", "MONTH", "EXPIRES")  # go first where the terminal is narrow
 
 
 class Keys(click.Group):
@@ -23,12 +24,7 @@ class Keys(click.Group):
 
 
 def key_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    call = ctx.find_object(options.Call) or options.Call()
-    try:
-        found = call.client(timeout_s=0.3).get("/keys")
-    except (CliError, DeadlinePassed):
-        return []
-    return [name for name in (str(key.get("name")) for key in found.get("keys", [])) if name.startswith(incomplete)]
+    return options.beginning(ctx, incomplete, lambda client: [key.get("name") for key in client.get("/keys")["keys"]])
 
 
 @click.group(cls=Keys)
@@ -78,10 +74,9 @@ def create(call: options.Call, /, name: str, models: tuple[str, ...], **given: A
     if models:
         order["models"] = list(models)
     made = call.client().send("POST", "/keys", order)
-    if call.json:
-        return screen.out_json(made)
-    screen.out(str(made["key"]))
-    screen.err(f"this is the key of {name}, shown only now: {hint('keys revoke', name)} ends it")
+    call.show(made, lambda: str(made["key"]), [name])
+    if call.for_people:
+        screen.err(f"this is the key of {name}, shown only now: {hint('keys revoke', name)} ends it")
 
 
 @keys.command()
@@ -99,10 +94,9 @@ def ls(call: options.Call) -> None:
       orchestratorctl keys ls --json | jq -r '.keys[] | select(.state == "expired").name'
     """
     found = call.client().get("/keys")
-    if call.json:
-        return screen.out_json(found)
-    headers = ("NAME", "STATE", "KEY", "MODELS", "PRIORITY", "WEIGHT", "LIMITS", "LAST-USED", "TODAY", "MONTH", "EXPIRES")
-    screen.out(tables.table(headers, [_row(key) for key in found["keys"]], elastic="MODELS"))
+    keys_seen: list[Json] = found["keys"]
+    page = lambda: tables.table(COLUMNS, list(map(_row, keys_seen)), elastic="MODELS", least=() if call.wide else LEAST)  # noqa: E731
+    call.show(found, page, [str(key.get("name")) for key in keys_seen])
 
 
 @keys.command()
@@ -118,11 +112,11 @@ def revoke(call: options.Call, name: str) -> None:
     Examples:
       orchestratorctl keys revoke ci
     """
+    from urllib.parse import quote  # 4 ms
+
     revoked = call.client().send("DELETE", f"/keys/{quote(name, safe='')}")
-    if call.json:
-        return screen.out_json(revoked)
     running = revoked.get("running") or 0
-    screen.out(f"{name} is revoked" + (f"; requests of it that still run: {running}" if running else ""))
+    call.show(revoked, lambda: f"{name} is revoked" + (f"; requests of it that still run: {running}" if running else ""), [name])
 
 
 @keys.command()
@@ -141,13 +135,14 @@ def usage(call: options.Call, name: str | None, since: str | None) -> None:
       orchestratorctl keys usage ci --since 2027-01-01
       orchestratorctl keys usage --json | jq '[.usage[].completion_tokens] | add'
     """
+    from urllib.parse import quote
+
     query = "&".join(f"{field}={quote(value, safe='')}" for field, value in (("name", name), ("since", since)) if value is not None)
     found = call.client().get("/keys/usage" + (f"?{query}" if query else ""))
-    if call.json:
-        return screen.out_json(found)
     fields = ("key", "model", "requests", "prompt_tokens", "completion_tokens")
     rows = [[str(row.get(field, "-")) for field in fields] for row in found["usage"]]
-    screen.out(tables.table(("KEY", "MODEL", "REQUESTS", "PROMPT-TOKENS", "COMPLETION-TOKENS"), rows))
+    names = list(dict.fromkeys(str(row.get("key")) for row in found["usage"]))
+    call.show(found, lambda: tables.table(("KEY", "MODEL", "REQUESTS", "PROMPT-TOKENS", "COMPLETION-TOKENS"), rows), names)
 
 
 def _row(key: Json) -> list[str]:

@@ -72,9 +72,7 @@ def limit(call: options.Call, /, name: str, reset: bool, **given: Any) -> None:
         except KeyboardInterrupt:
             advice = f"the bounds are changed, its limit follows; {hint('describe', name)} to look"
             raise CliError(advice, INTERRUPTED, code="interrupted") from None
-    if call.json:
-        return screen.out_json(model)
-    screen.out(bounds_page(model))
+    call.show(model, lambda: bounds_page(model), [str(model.get("name"))])
 
 
 def order_of(given: Json, reset: bool) -> Json:

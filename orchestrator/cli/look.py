@@ -1,20 +1,24 @@
-"""Verbs that look: ls, ps, describe, explain, logs, status. They change nothing, and their data goes to stdout."""
+"""Verbs that look: ls, ps, describe, explain, status. They change nothing, and their data goes to stdout."""
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli import describe as pages
 from orchestrator.cli import explain as gpu_pages
-from orchestrator.cli import options, screen, tables
-from orchestrator.cli.exits import INTERRUPTED, NOT_FOUND, NOT_RUNNING, USAGE, CliError, Json, hint
+from orchestrator.cli import options, screen, tables, watch
+from orchestrator.cli.exits import NOT_FOUND, NOT_RUNNING, USAGE, CliError, Json, hint
+from orchestrator.cli.watch import Shown
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
 
 
 @click.command()
+@options.quiet_option
+@options.watched
 @options.shared
 @click.pass_obj
 def ls(call: options.Call) -> None:
@@ -26,17 +30,19 @@ def ls(call: options.Call) -> None:
     \b
     Examples:
       orchestratorctl ls
+      orchestratorctl ls --watch                  # until Ctrl-C
+      orchestratorctl ls -o wide
+      orchestratorctl ls -q | xargs orchestratorctl pin
       orchestratorctl ls --json | jq -r '.models[] | select(.state == "ready").name'
     """
-    found = call.client().models()
-    if call.json:
-        return screen.out_json(found)
-    screen.out(tables.ls(found["models"]))
-    if not found["models"] and sys.stdout.isatty():
+    shown = watch.show(call, lambda client: _models(client.models(), lambda models: tables.ls(models, call.wide)))
+    if not shown.names and call.for_people and sys.stdout.isatty():
         screen.err("no model yet: `orchestratorctl add-model NAME SOURCE` adds one")
 
 
 @click.command()
+@options.quiet_option
+@options.watched
 @options.shared
 @click.pass_obj
 def ps(call: options.Call) -> None:
@@ -49,13 +55,20 @@ def ps(call: options.Call) -> None:
     \b
     Examples:
       orchestratorctl ps
-      watch -n1 orchestratorctl ps
+      orchestratorctl ps --watch --interval 5s
+      orchestratorctl ps -o wide                  # with bounds, and the reason for each limit
     """
-    found = call.client().models()
-    running = [model for model in found["models"] if model.get("engine")]
-    if call.json:
-        return screen.out_json({**found, "models": running})
-    screen.out(tables.ps(running))
+
+    def look(client: "Client") -> Shown:
+        found = client.models()
+        running = [model for model in found["models"] if model.get("engine")]
+        return _models({**found, "models": running}, lambda models: tables.ps(models, call.wide))
+
+    watch.show(call, look)
+
+
+def _models(found: Json, page: Callable[[list[Json]], str]) -> Shown:
+    return Shown(found, lambda: page(found["models"]), [str(model.get("name")) for model in found["models"]])
 
 
 @click.command()
@@ -77,13 +90,12 @@ def describe(call: options.Call, name: str) -> None:
     from orchestrator.cli.client import model_path
 
     model = call.client().get(model_path(name))
-    if call.json:
-        return screen.out_json(model)
-    screen.out(pages.model_page(model))
+    call.show(model, lambda: pages.model_page(model), [str(model.get("name"))])
 
 
 @click.command()
-@click.argument("what", metavar="[GPU|MODEL]", required=False, shell_complete=options.model_names)
+@click.argument("what", metavar="[GPU|MODEL]", required=False, shell_complete=options.gpus_and_models)
+@options.watched
 @options.shared
 @click.pass_obj
 def explain(call: options.Call, what: str | None) -> None:
@@ -103,15 +115,27 @@ def explain(call: options.Call, what: str | None) -> None:
       orchestratorctl explain
       orchestratorctl explain 0
       orchestratorctl explain qwen
+      orchestratorctl explain 0 --watch
       orchestratorctl explain --json | jq '.gpus[].lines[] | select(.what == "foreign")'
     """
-    client = call.client()
-    found = client.explained()
-    gpus, model = (found["gpus"], None) if what is None else _chosen(client, found["gpus"], what)
-    if call.json:
-        return screen.out_json({**found, "gpus": gpus})
-    no_pool = f"{model['name']} is {model.get('state')} and has no KV pool here" if model else "no KV pool on this GPU"
-    screen.out(gpu_pages.page(gpus, no_pool))
+
+    def look(client: "Client") -> Shown:
+        found = client.explained()
+        try:
+            gpus, model = (found["gpus"], None) if what is None else _chosen(client, found["gpus"], what)
+        except CliError as fault:
+            if fault.exit_code != NOT_RUNNING or call.every is None:
+                raise
+            said = fault.message  # it may come yet
+            return Shown({**found, "gpus": []}, lambda: said, [])
+        no_pool = f"{model['name']} is {model.get('state')} and has no KV pool here" if model else "no KV pool on this GPU"
+        return Shown({**found, "gpus": gpus}, lambda: gpu_pages.page(gpus, no_pool, call.wide), _indexes(gpus))
+
+    watch.show(call, look)
+
+
+def _indexes(gpus: list[Json]) -> list[str]:
+    return [str(gpu.get("index")) for gpu in gpus]
 
 
 def _chosen(client: "Client", gpus: list[Json], what: str) -> tuple[list[Json], Json | None]:
@@ -153,57 +177,7 @@ def _beginning(gpus: list[Json], text: str, fault: CliError) -> list[Json]:
 
 
 @click.command()
-@options.name_argument
-@click.option("--follow", "-f", is_flag=True, help="Go on as the engine writes more. Ctrl-C ends it.")
-@click.option(
-    "--tail",
-    "-n",
-    type=click.IntRange(min=0),
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="Begin with the last N lines.",
-)
-@options.shared
-@click.pass_obj
-@click.pass_context
-def logs(ctx: click.Context, call: options.Call, name: str, follow: bool, tail: int) -> None:
-    """Print what a model's engine wrote.
-
-    Where the engine has ended, its last log. A model without any log is not running: exit code 3. With --json one
-    object {"name", "lines"}; with --follow one object {"line"} per line.
-
-    \b
-    Examples:
-      orchestratorctl logs qwen --tail 20
-      orchestratorctl logs -f qwen | grep -i error
-    """
-    from orchestrator.cli.client import model_path
-
-    client = call.client()
-    kept: list[str] = []
-    lines = 0
-    try:
-        with client.open("GET", model_path(name, f"/logs?tail={tail}&follow={int(follow)}")) as answer:
-            for raw in answer.lines():
-                lines += 1
-                text = raw.decode(errors="replace")
-                if not call.json:
-                    screen.out(text, newline=False)
-                elif follow:
-                    screen.out_json_line({"line": text.rstrip("\r\n")})
-                else:
-                    kept.append(text.rstrip("\r\n"))
-    except KeyboardInterrupt:
-        ctx.exit(INTERRUPTED)
-    if not lines and not follow and tail and not (model := client.get(model_path(name))).get("engine"):
-        message = f"{name} is {model.get('state')} and has no log: {hint('start', name)} starts it"
-        raise CliError(message, NOT_RUNNING, code="not_running", body={"param": "name"})
-    if call.json and not follow:
-        screen.out_json({"name": name, "lines": kept})
-
-
-@click.command()
+@options.watched
 @options.shared
 @click.pass_obj
 def status(call: options.Call) -> None:
@@ -216,9 +190,12 @@ def status(call: options.Call) -> None:
     \b
     Examples:
       orchestratorctl status
+      orchestratorctl status --watch
       orchestratorctl --host http://gpu-box:8000 status --json | jq '.gpus[].foreign_bytes'
     """
-    found = call.client().get("/status")
-    if call.json:
-        return screen.out_json(found)
-    screen.out(pages.status_page(found))
+
+    def look(client: "Client") -> Shown:
+        found = client.get("/status")
+        return Shown(found, lambda: pages.status_page(found, call.wide), _indexes(found.get("gpus") or []))
+
+    watch.show(call, look)

@@ -4,15 +4,16 @@ Verbs raise; nothing below this file prints an error or exits with a code of its
 """
 
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import click
 
 from orchestrator import __version__
-from orchestrator.cli import adapt, change, doctor, keys, limit, look, options, plan, residency, screen, service
+from orchestrator.cli import completion, options, screen
 from orchestrator.cli.exits import (
     INTERRUPTED,
     MEANINGS,
@@ -22,16 +23,87 @@ from orchestrator.cli.exits import (
     USAGE,
     CliError,
     DeadlinePassed,
+    Json,
 )
 
-COMPLETE = "_ORCHESTRATORCTL_COMPLETE"
+COMPLETE = completion.VARIABLE
+
+
+# Each verb and where it is, in the order of a model's life.
+PLACES = {
+    "add-model": "change.add_model",
+    "rm": "change.rm",
+    "start": "change.start",
+    "stop": "change.stop",
+    "pull": "pull.pull",
+    "load": "residency.load",
+    "unload": "residency.unload",
+    "sleep": "residency.sleep",
+    "wake": "residency.wake",
+    "drain": "residency.drain",
+    "pin": "residency.pin",
+    "unpin": "residency.unpin",
+    "plan": "plan.plan",
+    "limit": "limit.limit",
+    "apply": "desired.apply",
+    "diff": "desired.diff",
+    "export": "desired.export",
+    "adapt": "adapt.adapt",
+    "ls": "look.ls",
+    "ps": "look.ps",
+    "describe": "look.describe",
+    "explain": "look.explain",
+    "logs": "logs.logs",
+    "status": "look.status",
+    "top": "top.top",
+    "wait": "until.until",
+    "events": "events.events",
+    "doctor": "doctor.doctor",
+    "bench": "bench.bench",
+    "keys": "keys.keys",
+    "reload": "service.reload",
+    "restart-daemon": "service.restart_daemon",
+    "completion": "completion.completion",
+}
+
+
+class OnDemand(MutableMapping[str, click.Command]):
+    """The verbs by name. Only the one that is called is imported: all of them would cost each start 40 ms."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places: dict[str, str | click.Command] = dict(places)
+
+    def __getitem__(self, name: str) -> click.Command:
+        found = self._places[name]
+        if isinstance(found, str):
+            module, _, attribute = found.partition(".")
+            found = getattr(importlib.import_module(f"orchestrator.cli.{module}"), attribute)
+            assert isinstance(found, click.Command)
+            self._places[name] = found
+        return found
+
+    def __setitem__(self, name: str, verb: click.Command) -> None:
+        self._places[name] = verb
+
+    def __delitem__(self, name: str) -> None:
+        del self._places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class Verbs(click.Group):
     """The group. Its `main` is click's, with our exit codes."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.commands: MutableMapping[str, click.Command] = OnDemand(PLACES)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # as registered: in the order of a model's life, not of the alphabet
+        return list(self.commands)  # in their own order, not the alphabet's
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Whole sentences, wrapped where they are long: click would cut them."""
@@ -60,36 +132,44 @@ class Verbs(click.Group):
         sys.exit(code)
 
     def _run(self, words: list[str], prog_name: str) -> int:
-        as_json = "--json" in _before_dashes(words)  # also where the words are too wrong for click to read them
+        form = options.asked_format(_before_dashes(words))
+        call = options.Call()
         try:
-            with self.make_context(prog_name, words) as ctx:
-                self.invoke(ctx)
+            with self.make_context(prog_name, words, obj=call) as ctx:
+                try:
+                    self.invoke(ctx)
+                except (LookupError, TypeError, AttributeError, ValueError) as fault:
+                    if told := call.misread(fault):
+                        raise told from fault
+                    raise
             return OK
         except click.exceptions.Exit as end:
             return end.exit_code
         except click.UsageError as fault:
             fault.show()
             param = getattr(fault.param, "name", None) if isinstance(fault, click.BadParameter) else None
-            if as_json:
-                error = {"message": fault.format_message(), "type": "usage_error", "param": param, "code": "usage"}
-                screen.out_json({"error": error})
+            _as_data({"message": fault.format_message(), "type": "usage_error", "param": param, "code": "usage"}, form)
             return USAGE
         except CliError as fault:
-            return _report(fault, as_json)
+            return _report(fault, form)
         except DeadlinePassed:
-            return _report(CliError("--timeout passed", TIMED_OUT, code="timeout"), as_json)
+            return _report(CliError("--timeout passed", TIMED_OUT, code="timeout"), form)
         except KeyboardInterrupt:
-            return _report(CliError("interrupted", INTERRUPTED, code="interrupted"), as_json)
+            return _report(CliError("interrupted", INTERRUPTED, code="interrupted"), form)
 
 
-def _report(fault: CliError, as_json: bool) -> int:
+def _report(fault: CliError, form: str) -> int:
     mark = "" if fault.exit_code == INTERRUPTED else click.style("error: ", fg="red")
     if fault.exit_code == INTERRUPTED and screen.live():
         screen.err("")  # the terminal has just written ^C
     screen.err("\n".join([mark + fault.message, *fault.lines]))
-    if as_json:
-        screen.out_json({"error": fault.body})
+    _as_data(fault.body, form)
     return fault.exit_code
+
+
+def _as_data(error: Json, form: str) -> None:
+    if form in ("json", "yaml"):
+        (screen.out_json if form == "json" else screen.out_yaml)({"error": error})
 
 
 def _before_dashes(words: list[str]) -> list[str]:
@@ -131,43 +211,14 @@ def cli() -> None:
     """Add, watch and remove the models that share this machine's GPUs.
 
     Talks to the daemon's admin API over its unix socket, or to --host. Data goes to stdout; progress and errors go to
-    stderr. --host, --admin-key and --json may stand before or after the verb.
+    stderr. --host, --admin-key, -o and --json may stand before or after the verb.
 
     \b
     Examples:
       orchestratorctl add-model qwen Qwen/Qwen2.5-7B-Instruct
-      orchestratorctl ls
-      eval "$(_ORCHESTRATORCTL_COMPLETE=bash_source orchestratorctl)"    # completion; zsh_source, fish_source
+      orchestratorctl top
+      orchestratorctl completion --help       # TAB completes verbs and model names
     """
-
-
-for verb in (
-    change.add_model,
-    change.rm,
-    change.start,
-    change.stop,
-    residency.load,
-    residency.unload,
-    residency.sleep,
-    residency.wake,
-    residency.drain,
-    residency.pin,
-    residency.unpin,
-    plan.plan,
-    limit.limit,
-    adapt.adapt,
-    look.ls,
-    look.ps,
-    look.describe,
-    look.explain,
-    look.logs,
-    look.status,
-    doctor.doctor,
-    keys.keys,
-    service.reload,
-    service.restart_daemon,
-):
-    cli.add_command(verb)
 
 
 def main() -> None:

@@ -6,11 +6,13 @@ The daemon checks a spec and names every fault at once; here only what cannot be
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from orchestrator.cli import screen
+from orchestrator.cli.exits import Json
 from orchestrator.cli.target import Target, find, parse, places
 
 if TYPE_CHECKING:
@@ -20,13 +22,44 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 Value = TypeVar("Value")
 
 
+FORMATS = ("table", "wide", "json", "yaml", "name")
+INTERVAL_S = 1.0
+COMPLETION_S = 0.3
+
+
 class Call:
-    """What the shared options say about this call."""
+    """What the shared options say about this call. `every`: seconds between two looks of --watch; None: one look."""
 
     def __init__(self) -> None:
         self.target: Target | None = None
         self.admin_key: str | None = None
-        self.json = False
+        self.output = "table"
+        self.every: float | None = None
+        self._client: Client | None = None
+
+    @property
+    def json(self) -> bool:
+        return self.output == "json"
+
+    @property
+    def wide(self) -> bool:
+        return self.output == "wide"
+
+    @property
+    def for_people(self) -> bool:
+        """Whether sentences and pages are wanted, not data alone."""
+        return self.output in ("table", "wide")
+
+    def show(self, data: Json, page: Callable[[], str] | None, names: Sequence[str]) -> None:
+        """What a verb has to show, as -o says: the API's own object, its page, or only the names. `page` None: it was told already."""
+        if self.output == "json":
+            screen.out_json(data)
+        elif self.output == "yaml":
+            screen.out_yaml(data)
+        elif self.output == "name":
+            screen.out("".join(f"{name}\n" for name in names), newline=False)
+        elif page is not None:
+            screen.out(page())
 
     def client(self, timeout_s: float | None = None, answer_s: float | None = None) -> "Client":
         """A client of the chosen daemon; `timeout_s` counts from now."""
@@ -36,11 +69,17 @@ class Call:
         from orchestrator.cli import client  # http.client: 35 ms that --help and completion need not wait for
 
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        return client.Client(where, self.admin_key, deadline, client.ANSWER_S if answer_s is None else answer_s)
+        self._client = client.Client(where, self.admin_key, deadline, client.ANSWER_S if answer_s is None else answer_s)
+        return self._client
+
+    def misread(self, fault: Exception) -> Exception | None:
+        """Why an answer was not what this program takes it for: a daemon of another version. None: a fault of ours."""
+        missing = f"its answer has no {fault}" if isinstance(fault, KeyError) else "its answer is of another form"
+        return self._client.other_version(f"says something else than expected ({missing})") if self._client else None
 
 
 def shared(verb: Verb) -> Verb:
-    """--host, --admin-key and --json, as the group and each verb take them; what stands after the verb wins."""
+    """--host, --admin-key, -o and --json, as the group and each verb take them; what stands after the verb wins."""
     return _shared(verb, host_env=None, key_env=None)
 
 
@@ -59,11 +98,48 @@ def _shared(verb: Verb, host_env: str | None, key_env: str | None) -> Verb:
         "--admin-key", metavar="KEY", envvar=key_env, expose_value=False, callback=_set_key,
         help="The admin key. Better in the environment: other users can read your command line. [env: ORCH_ADMIN_KEY]",
     )  # fmt: skip
-    as_json = click.option(
-        "--json", is_flag=True, expose_value=False, callback=_set_json,
-        help="Print the API's JSON on stdout, errors as {\"error\": ...} too.",
+    output = click.option(
+        "--output", "-o", type=click.Choice(FORMATS), expose_value=False, callback=_set_output,
+        help="`wide`: with all columns; `json`, `yaml`: the API's own object, errors as {\"error\": ...} too; "
+        "`name`: only names, a line each. [default: table]",
     )  # fmt: skip
-    return host(key(as_json(verb)))
+    as_json = click.option("--json", "short", is_flag=True, expose_value=False, callback=_set_json, help="Short for -o json.")
+    return host(key(output(as_json(verb))))
+
+
+def quiet_option(verb: Verb) -> Verb:
+    return click.option("--quiet", "-q", is_flag=True, expose_value=False, callback=_set_quiet, help="Short for -o name.")(verb)
+
+
+def watched(verb: Verb) -> Verb:
+    """--watch, and --interval, which means it."""
+    watch = click.option(
+        "--watch", "-w", is_flag=True, expose_value=False, callback=_set_watch,
+        help="Look again and again: redraws a terminal, elsewhere prints what has changed. Ctrl-C ends it.",
+    )  # fmt: skip
+    return watch(interval_option(verb))
+
+
+def interval_option(verb: Verb) -> Verb:
+    return click.option(
+        "--interval", type=seconds, metavar="S", expose_value=False, callback=_set_interval,
+        help=f"How long between two looks: 5, 5s, 1m. [default: {INTERVAL_S:g}]",
+    )(verb)  # fmt: skip
+
+
+def asked_format(words: Sequence[str]) -> str:
+    """The last --json or -o among words that may be too wrong for click to read them."""
+    found = "table"
+    for at, word in enumerate(words):
+        if word == "--json":
+            found = "json"
+        elif word in ("-o", "--output"):
+            found = words[at + 1] if at + 1 < len(words) else found
+        elif word.startswith("--output="):
+            found = word.partition("=")[2]
+        elif word.startswith("-o") and word[2:] in FORMATS:
+            found = word[2:]
+    return found
 
 
 def _set_target(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -83,9 +159,27 @@ def _set_key(ctx: click.Context, param: click.Parameter, value: str | None) -> N
         call.admin_key = value.strip()
 
 
-def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def _set_output(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     call = ctx.ensure_object(Call)
-    call.json = call.json or value
+    call.output = value or call.output
+
+
+def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    _set_output(ctx, param, "json" if value else None)
+
+
+def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    _set_output(ctx, param, "name" if value else None)
+
+
+def _set_watch(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    call = ctx.ensure_object(Call)
+    call.every = call.every or (INTERVAL_S if value else None)
+
+
+def _set_interval(ctx: click.Context, param: click.Parameter, value: float | None) -> None:
+    call = ctx.ensure_object(Call)
+    call.every = value or call.every
 
 
 def seconds(text: str) -> float:
@@ -149,15 +243,29 @@ def gpu(text: str) -> int | str:
 
 
 def model_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Completion of NAME. Silent where no daemon answers: a shell must not hang or print at a TAB."""
+    """Completion of NAME."""
+    return beginning(ctx, incomplete, lambda client: [model.get("name") for model in client.models()["models"]])
+
+
+def gpus_and_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Completion of [GPU|MODEL]."""
+    return [*gpu_indexes(ctx, param, incomplete), *model_names(ctx, param, incomplete)]
+
+
+def gpu_indexes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return beginning(ctx, incomplete, lambda client: [gpu.get("index") for gpu in client.get("/status")["gpus"]])
+
+
+def beginning(ctx: click.Context, incomplete: str, look: "Callable[[Client], Sequence[object]]") -> list[str]:
+    """What `look` finds that begins so. Silent where no daemon answers: a shell must not hang or print at a TAB."""
     from orchestrator.cli.exits import CliError, DeadlinePassed
 
     call = ctx.find_object(Call) or Call()
     try:
-        models = call.client(timeout_s=0.3).models()
-    except (CliError, DeadlinePassed):
+        found = [str(each) for each in look(call.client(timeout_s=COMPLETION_S))]
+    except (CliError, DeadlinePassed, LookupError, TypeError, AttributeError):
         return []
-    return [name for name in (str(model.get("name")) for model in models["models"]) if name.startswith(incomplete)]
+    return [each for each in found if each.startswith(incomplete)]
 
 
 def name_argument(verb: Verb) -> Verb:

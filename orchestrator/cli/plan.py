@@ -2,7 +2,7 @@
 
 import click
 
-from orchestrator.cli import options, screen
+from orchestrator.cli import options
 from orchestrator.cli.describe import bare
 from orchestrator.cli.exits import BUSY, Json, hint
 from orchestrator.cli.tables import seconds, size, table
@@ -34,10 +34,7 @@ def plan(ctx: click.Context, call: options.Call, what: str, name: str) -> None:
     from orchestrator.cli.client import model_path
 
     found = client.get(model_path(name, "/plan"))
-    if call.json:
-        screen.out_json(found)
-    else:
-        screen.out(page(found))
+    call.show(found, lambda: page(found), [str(step.get("model")) for step in found.get("steps") or []])
     if found.get("fits") == "later" or found.get("held"):
         ctx.exit(BUSY)
 

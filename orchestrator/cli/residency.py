@@ -181,18 +181,17 @@ def _order(
         from orchestrator.cli.client import model_path
 
         for name in names:
-            with _kept(faults):
+            with kept(faults):
                 told[name] = client.send("POST", model_path(name, f"/{verb}"))
         for name in list(told):
-            with _kept(faults):
+            with kept(faults):
                 model = told.pop(name)
                 told[name] = model if no_wait or goal is None else wait.follow(client, name, goal, asked_at)
-                if not call.json:
+                if call.for_people:
                     screen.out(f"{name} {taken}" if no_wait else _arrived(name, told[name], done, asked_at))
     if faults:
-        raise _together(faults, list(told.values()), len(names))
-    if call.json:
-        screen.out_json(told[names[0]] if len(names) == 1 else {"models": list(told.values())})
+        raise together(faults, list(told.values()), len(names))
+    call.show(told[names[0]] if len(names) == 1 else {"models": list(told.values())}, None, list(told))
 
 
 def _arrived(name: str, model: Json, done: str | None, asked_at: float) -> str:
@@ -206,7 +205,7 @@ def _arrived(name: str, model: Json, done: str | None, asked_at: float) -> str:
 
 
 @contextlib.contextmanager
-def _kept(faults: list[CliError]) -> Iterator[None]:
+def kept(faults: list[CliError]) -> Iterator[None]:
     """One model's failure is kept for the end. A daemon that is gone or does not let us in is so for all."""
     try:
         yield
@@ -216,7 +215,7 @@ def _kept(faults: list[CliError]) -> Iterator[None]:
         faults.append(fault)
 
 
-def _together(faults: Sequence[CliError], done: Sequence[Json], asked: int) -> CliError:
+def together(faults: Sequence[CliError], done: Sequence[Json], asked: int) -> CliError:
     """One error of all: a single one as it stands. `models`: those that got there."""
     first = faults[0]
     if asked == 1:

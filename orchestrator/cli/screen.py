@@ -28,17 +28,52 @@ def out_json_line(value: object) -> None:
     click.echo(json.dumps(value))
 
 
+def out_yaml(value: object) -> None:
+    import yaml  # 20 ms
+
+    # The one in C is ten times faster: 200 models are 300 KiB.
+    click.echo(yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False), nl=False)
+
+
 def live() -> bool:
     """Whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def redraws() -> bool:
+    """Whether stdout is a terminal whose cursor can be moved."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
+
+
 def width() -> int | None:
     """Columns of the terminal that shows stdout; None for a pipe or a file, where nothing may be cut."""
+    return _size("COLUMNS", 0)
+
+
+def height() -> int | None:
+    """Lines of it; None alike."""
+    return _size("LINES", 1)
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def plain(text: str) -> str:
+    """Without its colours where they are switched off."""
+    return click.unstyle(text) if _colour() is False else text
+
+
+def _size(variable: str, at: int) -> int | None:
     if not sys.stdout.isatty():
         return None
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stdout.fileno()).columns) or None
+        return int(os.environ.get(variable) or os.get_terminal_size(sys.stdout.fileno())[at]) or None
     except (OSError, ValueError):
         return None
 

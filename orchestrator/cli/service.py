@@ -31,12 +31,9 @@ def reload(call: options.Call) -> None:
       orchestratord check-config && orchestratorctl reload
     """
     answer = _sent(call.client(), "/reload", "nothing was changed")
-    if call.json:
-        screen.out_json(answer)
-        return
-    for line in _told(answer):
-        screen.out(line)
-    for warning in answer["warnings"]:
+    models = answer["models"]
+    call.show(answer, lambda: "\n".join(_told(answer)), [*models["added"], *models["changed"], *models["removed"]])
+    for warning in answer["warnings"] if call.for_people else ():
         screen.err(f"warning: {warning}")
 
 
@@ -63,12 +60,9 @@ def restart_daemon(call: options.Call, keep_engines: bool, no_wait: bool, timeou
     answer = _sent(client, f"/restart?keep_engines={'true' if keep_engines else 'false'}", "it goes on as it is")
     if not no_wait:
         answer = _back(client, asked_at)
-    if call.json:
-        screen.out_json(answer)
-    elif no_wait:
-        screen.out("the daemon is being restarted")
-    else:
-        screen.out(f"the daemon is back after {time.monotonic() - asked_at:.1f} s: version {answer['version']}, {answer['listen']}")
+    after = f"{time.monotonic() - asked_at:.1f} s"
+    done = "being restarted" if no_wait else f"back after {after}: version {answer['version']}, {answer['listen']}"
+    call.show(answer, lambda: f"the daemon is {done}", [])
 
 
 def _sent(client: "Client", path: str, so: str) -> Json:

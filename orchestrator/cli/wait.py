@@ -6,7 +6,7 @@ STALE_S. Requests may undo an order to sleep or to unload: that is said, never w
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -49,36 +49,43 @@ def detachable(names: Sequence[str], goal: Goal, undo: str | None) -> Iterator[N
 
 def follow(client: "Client", name: str, goal: Goal, asked_at: float) -> Json:
     """The model as it reached `goal`; CliError where it cannot any more. `asked_at`: time.monotonic() of the order."""
-    from orchestrator.cli.client import model_path
-
     seen: set[str] = set()
+
+    def judge(model: Json) -> Verdict:
+        found = verdict(model, goal, seen, time.monotonic() - asked_at)
+        seen.update({str(model.get("state"))} & (UNDER_WAY | ENDING))
+        return found
+
     try:
-        answer = client.open("GET", model_path(name, "/watch"))
+        found, model = watched(client, name, judge)
     except CliError as fault:
         if goal == "removed" and fault.exit_code == NOT_FOUND:
             return {"name": name, "state": "removed"}
         raise
-    with answer, progress.display() as display:
+    if found != "reached":
+        raise _failure(name, goal, model)
+    return model
+
+
+def watched(client: "Client", name: str, judge: Callable[[Json], Verdict]) -> tuple[Verdict, Json]:
+    """The model as `judge` ended the watch, and with which verdict. What is stale for STALE_S has failed."""
+    from orchestrator.cli.client import model_path
+
+    with client.open("GET", model_path(name, "/watch")) as answer, progress.display() as display:
         model = answer.object_line()
         while model is not None:
-            found = verdict(model, goal, seen, time.monotonic() - asked_at)
-            if found == "reached":
-                return model
-            if found in ("failed", "undone"):
-                break
+            found = judge(model)
+            if found in ("reached", "failed", "undone"):
+                return found, model
             state = str(model.get("state"))
-            if state in UNDER_WAY or state in ENDING:
+            if state in UNDER_WAY or state in ENDING or (state == "asleep" and model.get("wanted") == "ready"):
                 display.show(model)
-                seen.add(state)
-            elif state == "asleep" and model.get("wanted") == "ready":  # its memory is missing, or its turn
-                display.show(model)
+            last = model
             try:
                 model = answer.object_line(wait_s=STALE_S if found == "stale" else None)
             except TimeoutError:
-                break
-        if model is None:
-            raise client.lost(ConnectionResetError("the watch ended"))
-    raise _failure(name, goal, model)
+                return "failed", last
+    raise client.lost(ConnectionResetError("the watch ended"))
 
 
 def verdict(model: Json, goal: Goal, seen: set[str], waited_s: float) -> Verdict:

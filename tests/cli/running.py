@@ -56,6 +56,9 @@ class Terminal:
         while wanted not in self.text:
             assert self._read(deadline), f"ended without {wanted!r}: {self.text!r}"
 
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
