@@ -3,13 +3,14 @@
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from orchestrator.experiments.figures import percentile as percentile
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,13 +70,6 @@ def typed(name: str, argv: Sequence[str]) -> str:
     """The command that somebody else would type: without where this run put its results."""
     kept = [word for at, word in enumerate(argv) if word != "--out" and (at == 0 or argv[at - 1] != "--out")]
     return " ".join(["python -m bench", name, *kept])
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank: a value that was measured, never one between two. With fewer than 100 values the 99th is the largest."""
-    if not values:
-        raise ValueError("no values were measured")
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _commit() -> str | None:

@@ -7,27 +7,25 @@ differ by a tenth.
 
 import asyncio
 import contextlib
-import os
-import signal
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from openai import AsyncOpenAI
 
-from bench.scene import EAGER, Part, Scene
+from bench.scene import EAGER, Part, Scene, wait
 from bench.workloads import at_most, client, engine_client
-from orchestrator.drivers.vllm import INHERITED
+from orchestrator.drivers.vllm import EngineVenv
+from orchestrator.experiments.asker import Asker
+from orchestrator.experiments.static_engine import SOCKET, Recipe, StaticEngine
 
-UTILIZATION = "0.55"
+UTILIZATION = 0.55
 PROMPT, TOKENS = 256, 128
 PLAIN_START_S = 120.0
-STOP_S = 15.0
 OVER_S = 30.0  # over its time: then something hangs
 ROUNDS = 8  # of each, in turns: single rounds differ by a tenth
 
@@ -49,12 +47,8 @@ def run(scene: Scene, budget_s: float) -> Part:
     )
     deadline = time.monotonic() + budget_s
     with contextlib.ExitStack() as held:
-        socket = None
-        if scene.simulated:
-            part.notes["plain"] = "skipped: there is no plain vLLM on simulated GPUs"
-        else:
-            scene.say("plain vLLM starts")
-            socket = held.enter_context(_plain(scene, name, folder, own, min(PLAIN_START_S, budget_s - 40)))
+        scene.say("plain vLLM starts")
+        socket = held.enter_context(_plain(scene, name, folder, own, min(PLAIN_START_S, budget_s - 40)))
         held.enter_context(scene.box.unwatched())
         rounds = asyncio.run(asyncio.wait_for(_in_turns(scene, name, socket, deadline), deadline + OVER_S - time.monotonic()))
     part.notes["rounds"] = rounds
@@ -62,12 +56,11 @@ def run(scene: Scene, budget_s: float) -> Part:
         runs = [one for one in rounds if one["arm"] == arm]
         if runs:
             part.figures[f"throughput_{arm}_tokens_s"] = sum(one["tokens"] for one in runs) / sum(one["seconds"] for one in runs)
-    if not scene.simulated:
-        for figure, arm in (("throughput_ratio", "ours"), ("throughput_direct_ratio", "direct")):
-            ratios = [_speed(rounds, arm, n) / _speed(rounds, "plain", n) for n in sorted({one["number"] for one in rounds})]
-            part.figures[figure] = statistics.median(ratios)
-            part.figures[f"{figure}_least"], part.figures[f"{figure}_most"] = min(ratios), max(ratios)
-        part.figures["throughput_rounds"] = len(rounds) // 3
+    for figure, arm in (("throughput_ratio", "ours"), ("throughput_direct_ratio", "direct")):
+        ratios = [_speed(rounds, arm, n) / _speed(rounds, "plain", n) for n in sorted({one["number"] for one in rounds})]
+        part.figures[figure] = statistics.median(ratios)
+        part.figures[f"{figure}_least"], part.figures[f"{figure}_most"] = min(ratios), max(ratios)
+    part.figures["throughput_rounds"] = len(rounds) // 3
     part.figures["failed_requests"] = sum(one["failed"] for one in rounds)
     part.passed["every request of the throughput part was answered"] = part.figures["failed_requests"] == 0
     return part
@@ -78,15 +71,14 @@ def _speed(rounds: list[dict[str, Any]], arm: str, number: int) -> float:
     return next(float(one["tokens"] / one["seconds"]) for one in rounds if (one["arm"], one["number"]) == (arm, number))
 
 
-async def _in_turns(scene: Scene, name: str, socket: Path | None, deadline: float) -> list[dict[str, Any]]:
+async def _in_turns(scene: Scene, name: str, socket: Path, deadline: float) -> list[dict[str, Any]]:
     """In turns, another arm first each time; after a warm-up of each. One round at least, ROUNDS at most, what fits before the deadline."""
     rounds: list[dict[str, Any]] = []
     async with contextlib.AsyncExitStack() as held:
         arms: dict[str, AsyncOpenAI] = {"ours": await held.enter_async_context(client(scene.box.url, timeout_s=90))}
-        if socket is not None:
-            engine = Path(scene.box.models()[name]["engine"]["socket"])
-            arms["direct"] = await held.enter_async_context(engine_client(engine, timeout_s=90))  # our engine, without the proxy
-            arms["plain"] = await held.enter_async_context(engine_client(socket, timeout_s=90))
+        engine = Path(scene.box.models()[name]["engine"]["socket"])
+        arms["direct"] = await held.enter_async_context(engine_client(engine, timeout_s=90))  # our engine, without the proxy
+        arms["plain"] = await held.enter_async_context(engine_client(socket, timeout_s=90))
         for arm, api in arms.items():
             await at_most(api, name, scene.options.together, scene.options.together, PROMPT, TOKENS, f"warm {arm}")
         longest = 0.0
@@ -114,50 +106,10 @@ async def _measured(api: AsyncOpenAI, arm: str, name: str, scene: Scene, number:
 @contextmanager
 def _plain(scene: Scene, name: str, folder: str, own: Sequence[str], start_s: float) -> Iterator[Path]:
     """A vLLM without kvcached; every process of its session is gone afterwards."""
-    python: Path = scene.options.engine_python
-    socket = scene.box.folder / "plain.sock"
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name]
-    command += ["--uds", str(socket), "--gpu-memory-utilization", UTILIZATION, *scene.args, *own]
-    env = {key: value for key, value in os.environ.items() if INHERITED.fullmatch(key)}
-    env["PATH"] = f"{python.parent}:{env.get('PATH', '/usr/bin:/bin')}"
-    env |= scene.options.engine_env | {
-        "ENABLE_KVCACHED": "false",
-        "KVCACHED_AUTOPATCH": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # as our engines have it
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
-        "VLLM_NO_USAGE_STATS": "1",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": scene.gpu["uuid"],
-    }
-    log = scene.out / "gpu-budgets.plain-vllm.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        _until_healthy(process, socket, log, start_s)
-        yield socket
-    finally:
-        _end(process)
-
-
-def _until_healthy(process: "subprocess.Popen[bytes]", socket: Path, log: Path, start_s: float) -> None:
-    deadline = time.monotonic() + start_s
-    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(socket)), base_url="http://engine", timeout=2.0) as http:
-        while True:
-            with contextlib.suppress(httpx2.HTTPError):
-                if http.get("/health").status_code == 200:
-                    return
-            if process.poll() is not None or time.monotonic() > deadline:
-                state = "ended" if process.poll() is not None else f"was not healthy within {start_s:.0f}s"
-                raise RuntimeError(f"the plain vLLM {state}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]))
-            time.sleep(0.2)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-            if number is signal.SIGTERM:
-                time.sleep(1.0)  # EngineCore ends after its API server
+    env = {**scene.options.engine_env, **({"SIM_GPU_DIR": str(scene.simgpu)} if scene.simgpu else {})}
+    venv = EngineVenv("simulated" if scene.simulated else "vllm", scene.options.engine_python or Path(sys.executable), env, scene.args)
+    recipe = Recipe(name, folder, venv, own, {}, [scene.gpu["uuid"]], 1, UTILIZATION)
+    with Asker() as asker, StaticEngine(recipe, scene.out / "gpu-budgets.plain-vllm.log") as engine:
+        if not wait(lambda: engine.ready(asker), start_s, 0.2):
+            raise RuntimeError(f"the plain vLLM was not healthy within {start_s:.0f}s; its log: {engine.log}")
+        yield engine.folder / SOCKET
