@@ -309,6 +309,7 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
         super().connection_lost(exc)
         self.peer.left()
+        self.cycle = self.parser = None  # type: ignore[assignment]  # they know it: a ring that only the collector could open
 
 
 Direct = Callable[[Connection, bytes], Cycle | None]

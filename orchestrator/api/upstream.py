@@ -190,6 +190,7 @@ class Answer(asyncio.Protocol):
         if self.broke is None:
             self.broke = "the connection broke" if error is None else f"{type(error).__name__}: {error}"
         self._pool.forget(self)
+        del self._parser  # it knows us: a ring that only the collector could open
         self._tell()
 
     def _break(self, why: str) -> None:

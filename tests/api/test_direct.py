@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.api import exchange, upstream
+from orchestrator.api.connection import Connection
 from orchestrator.api.proxy import Proxy
 from orchestrator.control.traffic import Door
 from tests.api.doorway import Doorway, doorway
 from tests.api.rawclient import Answer, Client, Cut
 from tests.api.upstream import Exchange
+from tests.support.eventually import eventually
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"one"}'
@@ -66,6 +70,29 @@ async def test_what_need_not_wait_goes_directly(folder: Path, asked: list[str]) 
             await at.until_counts(0, 0)
         assert asked == []
         assert at.upstream.connections == 1
+
+
+@pytest.mark.parametrize("request_", [whole(CHAT, BODY), whole(CHAT + "?a=b", BODY)], ids=["direct", "asgi"])
+async def test_a_connection_that_is_over_is_gone_without_the_collector(folder: Path, request_: bytes) -> None:
+    """As cycles they would be the most of what it finds: 45 objects a connection, and a heap that swells and shrinks."""
+
+    def left() -> list[object]:
+        return [found for found in gc.get_objects() if type(found) in (Connection, exchange.Exchange, upstream.Answer)]
+
+    async with opened(folder) as at:
+        gc.collect()
+        before = len(left())
+        gc.disable()
+        try:
+            async with at.client() as client:
+                await client.send(request_)
+                asked = await at.upstream.request()
+                assert len(left()) > before
+                await asked.answer(200, b"{}", (b"Connection", b"close"))
+                assert (await client.answer()).status == 200
+            await eventually(lambda: len(left()) == before, "its connections are gone")
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize(
