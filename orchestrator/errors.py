@@ -25,7 +25,7 @@
 Only the class decides the status; api/error_body.py formats, nothing else chooses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -92,6 +92,16 @@ class Forbidden(OrchestratorError):
     status = 403
     type = "permission_error"
     code = "not_permitted"
+
+
+MOST_NAMES = 20
+
+
+def listed(names: Iterable[str], none: str) -> str:
+    """Names as a message tells them: not a page of them where there are many."""
+    there = sorted(names)
+    more = f" and {len(there) - MOST_NAMES} more" if len(there) > MOST_NAMES else ""
+    return ", ".join(there[:MOST_NAMES]) + more or none
 
 
 class ModelNotFound(OrchestratorError):

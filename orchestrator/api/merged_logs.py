@@ -1,7 +1,8 @@
 """The logs of several engines as one, a JSON object a line: in the order of time where lines carry one, each with its model.
 
 vLLM writes `INFO 11-22 07:45:01`, without a year and in local time; kvcached and we write dates. A line without a time, as of a traceback,
-has that of the line before it. Files are read in a thread.
+has that of the line before it. Each says where it ends: who follows and was cut off asks for what came `after` that, and has lost nothing.
+Files are read in a thread.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 
 import msgspec
@@ -33,9 +35,10 @@ class Line:
     at: float
     model: str
     text: str
+    end: str
 
     def shown(self) -> bytes:
-        return msgspec.json.encode({"model": self.model, "at": self.at or None, "line": self.text}) + b"\n"
+        return msgspec.json.encode({"model": self.model, "at": self.at or None, "line": self.text, "after": self.end}) + b"\n"
 
 
 class LogsApi:
@@ -64,7 +67,8 @@ class LogsApi:
         follow: bool = False,
         previous: bool = False,
     ) -> StreamingResponse:
-        """Of the models that `model` names, any number of times; of all where none is. `previous`: of the launch before the newest."""
+        """Of the models that `model` names, any number of times; of all where none is. `previous`: of the launch before the newest.
+        `after`: for each model of which something was told, the last line's own; the others begin with `tail`."""
         begin = _begin(since)
         if follow and previous:
             raise BadRequest("A launch that is over writes no more: follow, or previous.", param="follow")
@@ -74,19 +78,32 @@ class LogsApi:
         if chosen and not found and not follow:
             which = "was started once at most" if previous else "was never started"
             raise ModelNotFound(f"There is no log of {', '.join(map(repr, chosen))}: it {which}.", code="no_log")
-        return StreamingResponse(self._told(chosen, found, tail, begin, follow), media_type="application/x-ndjson")
+        known = self._known(request.query_params.getlist("after"), chosen)
+        return StreamingResponse(self._told(chosen, found, known, tail, begin, follow), media_type="application/x-ndjson")
 
-    async def _told(self, chosen: Sequence[str], found: dict[str, Path], tail: int, begin: float, follow: bool) -> AsyncIterator[bytes]:
-        readers = {name: _Reader(name, path) for name, path in found.items()}
-        before = await asyncio.gather(*(asyncio.to_thread(reader.tail, tail, begin) for reader in readers.values()))
+    def _known(self, ends: Iterable[str], chosen: Sequence[str]) -> dict[str, "_Reader"]:
+        """Readers that stand where `ends` say. A log that is gone counts as none."""
+        at = {file: int(end) for file, _, end in (each.rpartition(":") for each in ends) if end.isdecimal()}
+        files = ((name, path) for name in (chosen or self._names() if at else ()) for path in self._log_files(name))
+        return {name: _Reader(name, path, at[path.name]) for name, path in files if path.name in at}
+
+    async def _told(
+        self, chosen: Sequence[str], found: dict[str, Path], known: dict[str, "_Reader"], tail: int, begin: float, follow: bool
+    ) -> AsyncIterator[bytes]:
+        fresh = {name: _Reader(name, path) for name, path in found.items() if name not in known}
+        readers = fresh | known
+        before = await asyncio.gather(
+            *(asyncio.to_thread(reader.tail, tail, begin) for reader in fresh.values()),
+            *(asyncio.to_thread(reader.rest) for reader in known.values()),
+        )
         merged = list(heapq.merge(*before, key=lambda line: line.at))
-        yield b"".join(line.shown() for line in merged[-tail:]) if tail else b""
+        yield b"".join(line.shown() for line in (merged if known else merged[-tail:] if tail else []))
         silent_since = time.monotonic()
         while follow and not self._closed:
             for name in chosen or self._names():
-                files = self._log_files(name)
-                if files and (name not in readers or readers[name].path != files[0]):
-                    readers[name] = _Reader(name, files[0])
+                reader, files = readers.get(name), self._log_files(name)
+                if files and (reader is None or (reader.still and reader.path != files[0])):
+                    readers[name] = _Reader(name, _next(files, reader))
             more = await asyncio.gather(*(asyncio.to_thread(reader.more) for reader in readers.values()))
             if told := b"".join(line.shown() for line in heapq.merge(*more, key=lambda line: line.at)):
                 yield told
@@ -99,11 +116,11 @@ class LogsApi:
 
 
 class _Reader:
-    """One file, read on from where it was read to; only whole lines."""
+    """One file, read on from where it was read to; only whole lines. `still`: nothing more was there at the last look."""
 
-    def __init__(self, model: str, path: Path) -> None:
-        self.model, self.path = model, path
-        self._at, self._rest, self._last = 0, b"", 0.0
+    def __init__(self, model: str, path: Path, at: int = 0) -> None:
+        self.model, self.path, self.still = model, path, False
+        self._at, self._rest, self._last = at, b"", 0.0
 
     def tail(self, lines: int, begin: float) -> list[Line]:
         """The last lines, not older than `begin`; more are read, to know the times of those that have none."""
@@ -114,20 +131,34 @@ class _Reader:
 
     def more(self) -> list[Line]:
         data, self._at = read_from(self.path, self._at)
+        self.still = not data
         return self._lines(data)
+
+    def rest(self) -> list[Line]:
+        found: list[Line] = []
+        while not self.still:
+            found += self.more()
+        return found
 
     def _lines(self, data: bytes) -> list[Line]:
         *whole, self._rest = (self._rest + data).split(b"\n")
         texts = [line.decode(errors="replace").rstrip("\r") for line in whole]
         if not self._last:  # what comes before the first time has that one
             self._last = next((at for text in texts if (at := time_in(text, time.time()))), 0.0)
-        return list(self._timed(texts))
+        ends = accumulate((len(line) + 1 for line in whole), initial=self._at - len(self._rest) - sum(len(line) + 1 for line in whole))
+        return list(self._timed(zip(texts, islice(ends, 1, None), strict=True)))
 
-    def _timed(self, texts: Iterable[str]) -> Iterable[Line]:
+    def _timed(self, texts: Iterable[tuple[str, int]]) -> Iterable[Line]:
         now = time.time()
-        for text in texts:
+        for text, end in texts:
             self._last = max(self._last, time_in(text, now) or 0.0)  # two processes write one log: its own order stays
-            yield Line(self._last, self.model, text)
+            yield Line(self._last, self.model, text, f"{self.path.name}:{end}")
+
+
+def _next(files: Sequence[Path], reader: _Reader | None) -> Path:
+    """The launch after the one that was read to its end; the newest where none was, or it is gone."""
+    at = files.index(reader.path) if reader is not None and reader.path in files else 1
+    return files[at - 1]
 
 
 def time_in(text: str, now: float) -> float | None:

@@ -6,6 +6,9 @@
     plan.py      the verb that shows what a load would do
     limit.py     the verb that changes a model's KV bounds while it runs
     look.py      verbs that look: ls, ps, describe, explain, status; watch.py does it again and again, for --watch and top
+    events.py    what happened; logs.py what engines wrote; following.py is the -f of both
+    desired.py   verbs of desired state: apply, diff, export
+    pull.py      the verb that loads a model from the hub
     top.py       the live page of all GPUs and models
     until.py     the verb `wait`
     completion.py the scripts for shells

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import tables
 from orchestrator.cli.exits import Json
+from orchestrator.experiments.progress import counted
 
 if TYPE_CHECKING:
     from orchestrator.experiments.house import House
@@ -37,7 +38,8 @@ class Bursts:
         bursts.check(house, self.plan)
         plan, names, many = self.plan, ", ".join(self.names), len(self.names) > 1
         lines = [
-            f"{names} through the daemon: {plan.turns} bursts{' each, in turns,' if many else ''} of {plan.requests} requests,"
+            f"{names} through the daemon: {counted(plan.turns, 'burst')}{' each, in turns,' if many else ''} of"
+            f" {counted(plan.requests, 'request')},"
             f" {plan.tokens} tokens each, {plan.pause_s:g}s apart"
         ]
         if plan.utilization is not None:
@@ -84,7 +86,7 @@ class Mix:
 
     def before(self, house: "House") -> tuple[list[str], float]:
         plan = self.plan
-        lines = [f"each model alone: {plan.calibration} requests, to know what it can promise"] if plan.calibrates else []
+        lines = [f"each model alone: {counted(plan.calibration, 'request')}, to know what it can promise"] if plan.calibrates else []
         rate = f"{plan.rate:g} requests a second for {tables.duration(plan.seconds)}"
         lines.append(f"{', '.join(self.names)}: {rate}, lengths of the trace {plan.trace!r}")
         return lines, plan.seconds_in_all(house)

@@ -33,7 +33,7 @@ START = "start it (`make run`, `systemctl start orchestrator`), or name another 
 ANSWER_S = 30.0  # an admin call only records a wish; a daemon that needs longer is stuck
 
 BY_STATUS = {400: CONFIG, 401: DENIED, 403: DENIED, 404: NOT_FOUND, 409: FAILED, 422: CONFIG, 429: BUSY, 503: BUSY}
-BY_CODE = {"not_running": NOT_RUNNING, "busy": BUSY}  # what says more than the status
+BY_CODE = {"not_running": NOT_RUNNING, "no_log": NOT_RUNNING, "busy": BUSY}  # what says more than the status
 UNKNOWN_CALL = ("not_the_admin_api", "method_not_allowed")  # to a daemon of another version
 
 

@@ -245,10 +245,14 @@ def _ms(value: float | None) -> str:
 
 
 def labelled(rows: Sequence[tuple[str, object]]) -> str:
-    """`label  value` lines; a row without a value is left out, a value of several lines is indented under its first."""
+    """`label  value` lines; a row without a value is left out, a value of several lines is indented under its first. Where labels leave
+    no room on the terminal, values stand below them."""
     there = [(label, str(value)) for label, value in rows if value not in (None, "")]
     wide = max([LABEL, *(cells.width(label) + 2 for label, _ in there)])
     indent, room = "\n" + " " * wide, screen.width()
-    if room is not None and room - wide - MARGIN >= READABLE:
-        there = [(label, "\n".join(cells.wrap(value, room - wide - MARGIN))) for label, value in there]
+    left = None if room is None else room - wide - MARGIN
+    if room is not None and left is not None and any(cells.width(value) > left for _, value in there):
+        if left < READABLE:
+            return "\n".join(f"{label}\n  " + "\n  ".join(cells.wrap(value, room - 2)) for label, value in there)
+        there = [(label, "\n".join(cells.wrap(value, left))) for label, value in there]
     return "\n".join(f"{cells.pad(label, wide)}{value.replace(chr(10), indent)}" for label, value in there)

@@ -58,13 +58,11 @@ def apply(call: options.Call, files: tuple[str, ...], prune: bool, yes: bool, dr
             raise CliError("nothing was changed", FAILED, code="declined")
     asked_at = time.monotonic()
     done = desired.send(client, prune=prune, dry_run=dry_run)
-    if not call.json:
-        for line in summary(done):
-            screen.out(line)
+    if call.for_people:
+        screen.out("\n".join(summary(done)))
     if waits and not dry_run:
         _wait(client, done, asked_at)
-    if call.json:
-        screen.out_json(done)
+    call.show(done, None, _differing(done))
 
 
 @click.command()
@@ -85,12 +83,9 @@ def diff(call: options.Call, ctx: click.Context, files: tuple[str, ...], prune: 
       orchestratorctl diff -f models.yaml --prune || echo "somebody has changed something"
     """
     found = Desired(files).send(call.client(), prune=prune, dry_run=True)
-    if call.json:
-        screen.out_json(found)
-    else:
-        for line in differences(found):
-            screen.out(line)
-    if found["added"] or found["changed"] or found["removed"]:
+    names = _differing(found)
+    call.show(found, (lambda: "\n".join(differences(found))) if names else None, names)
+    if names:
         ctx.exit(DIFFERS)
 
 
@@ -114,9 +109,9 @@ def export(call: options.Call, names: tuple[str, ...], secrets: bool) -> None:
 
     query = urlencode([*(("name", name) for name in names), ("secrets", str(secrets).lower())])
     found = call.client().get(f"/specs?{query}")
-    if call.json:
-        return screen.out_json(found)
-    screen.out_yaml({"models": found["models"]})
+    if call.for_people:
+        return screen.out_yaml(found)
+    call.show(found, None, list(found["models"]))
 
 
 def _agreed(question: str) -> bool:
@@ -207,6 +202,10 @@ def differences(found: Json) -> Iterator[str]:
         yield from (_minus(f"  - {field}: {_value(value)}") for field, value in model["spec"].items())
 
 
+def _differing(done: Json) -> list[str]:
+    return [each["name"] for each in (*done["added"], *done["changed"], *done["removed"])]
+
+
 def _value(value: object) -> str:
     import json
 
@@ -224,7 +223,7 @@ def _minus(line: str) -> str:
 def _wait(client: Any, done: Json, asked_at: float) -> None:
     from orchestrator.cli.client import model_path
 
-    with wait.detachable([each["name"] for each in (*done["added"], *done["changed"], *done["removed"])] or ["-"], "ready", None):
+    with wait.detachable(_differing(done) or ["-"], "ready", None):
         for model in done["removed"]:
             wait.follow(client, model["name"], "removed", asked_at)
         for model in (*done["added"], *done["changed"]):

@@ -1,5 +1,6 @@
 """`events`: what the daemon did and why, a line each. Following outlives a restart of the daemon, and nothing is lost in between."""
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -7,15 +8,13 @@ from urllib.parse import urlencode
 
 import click
 
-from orchestrator.cli import options, screen
+from orchestrator.cli import following, options, screen
 from orchestrator.cli.describe import bare
-from orchestrator.cli.exits import INTERRUPTED, UNREACHABLE, CliError, Json
+from orchestrator.cli.exits import INTERRUPTED, Json
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
 
-SILENT_S = 45.0  # the daemon says something each 15 s
-AGAIN_S = 0.5
 BAD = frozenset({"failed", "backoff", "not reloaded", "state-lost"})
 
 
@@ -35,7 +34,7 @@ def events(
 
     A line for each change of a model's state and for what operators did: time, model, kind, reason. `-` stands for the
     daemon itself. With --follow it waits for a daemon that is restarted, and goes on where it was. With --json one object
-    {"events"}; with --follow too, one object a line.
+    {"events"}; with --follow too, one object a line. -o name: their ids.
 
     \b
     Examples:
@@ -48,20 +47,21 @@ def events(
     query = {key: value for key, value in asked.items() if value is not None}
     client = call.client()
     found = client.get(f"/events?{urlencode(query)}")
-    if call.json and not follow:
-        return screen.out_json(found)
-    show = screen.out_json_line if call.json else _print
+    if not (follow or call.for_people):
+        return call.show(found, None, [str(event["id"]) for event in found["events"]])
     for event in found["events"]:
-        show(event)
+        _show(call, event)
+    if not (found["events"] or follow) and sys.stdout.isatty():
+        screen.err("nothing like that has happened")
     try:
         for event in _followed(client, model, kind, found) if follow else ():
-            show(event)
+            _show(call, event)
     except KeyboardInterrupt:
         ctx.exit(INTERRUPTED)
 
 
-def _print(event: Json) -> None:
-    screen.out(line(event))
+def _show(call: options.Call, event: Json) -> None:
+    call.show_next(event, lambda: line(event), [str(event["id"])])
 
 
 def line(event: Json) -> str:
@@ -72,30 +72,14 @@ def line(event: Json) -> str:
 
 
 def _followed(client: "Client", model: str | None, kind: str | None, found: Json) -> Iterator[Json]:
-    """All that came after `found`, also while the daemon was away. Raises CliError where it will not have us."""
-    query = {key: value for key, value in (("model", model), ("kind", kind), ("follow", "true")) if value is not None}
-    last = max([found["newest"], *(event["id"] for event in found["events"])])
-    while True:
-        try:
-            with client.open("GET", f"/events?{urlencode({**query, 'after': last})}") as answer:
-                while (event := answer.object_line(SILENT_S)) is not None:
-                    last = event["id"]
-                    yield event
-        except (CliError, TimeoutError) as fault:
-            if isinstance(fault, CliError) and fault.exit_code != UNREACHABLE:
-                raise
-        screen.err("the daemon is away; waiting for it")
-        _until_back(client)
-        screen.err("the daemon is back")
-
-
-def _until_back(client: "Client") -> None:
-    while True:
-        try:
-            client.get("/status")
-        except CliError as fault:
-            if fault.exit_code != UNREACHABLE:
-                raise
-            time.sleep(AGAIN_S)
-        else:
-            return
+    """All that came after `found`, also while the daemon was away."""
+    asked = (
+        ("model", model),
+        ("kind", kind),
+        ("follow", "true"),
+        ("after", max([found["newest"], *(each["id"] for each in found["events"])])),
+    )
+    query = {key: value for key, value in asked if value is not None}
+    for event in following.followed(client, lambda: f"/events?{urlencode(query)}", begun=True):
+        query["after"] = event["id"]
+        yield event

@@ -3,6 +3,7 @@
 A key is printed once, alone on stdout, when it is made: the daemon keeps only its SHA-256.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 LIMITS = {"rpm": "rpm", "tpm": "tpm", "concurrency": "concurrency", "monthly_tokens": "monthly"}
 COLUMNS = ("NAME", "STATE", "KEY", "MODELS", "PRIORITY", "WEIGHT", "LIMITS", "LAST-USED", "TODAY", "MONTH", "EXPIRES")
 LEAST = ("KEY", "WEIGHT", "PRIORITY", "LAST-USED", "MODELS", "LIMITS", "MONTH", "EXPIRES")  # go first where the terminal is narrow
+USAGE = ("KEY", "MODEL", "REQUESTS", "PROMPT-TOKENS", "COMPLETION-TOKENS")
+USAGE_LEAST = ("REQUESTS", "PROMPT-TOKENS")
 
 
 class Keys(click.Group):
@@ -97,6 +100,8 @@ def ls(call: options.Call) -> None:
     keys_seen: list[Json] = found["keys"]
     page = lambda: tables.table(COLUMNS, list(map(_row, keys_seen)), elastic="MODELS", least=() if call.wide else LEAST)  # noqa: E731
     call.show(found, page, [str(key.get("name")) for key in keys_seen])
+    if not keys_seen and call.for_people and sys.stdout.isatty():
+        screen.err("no key yet, who is on this machine needs none: `orchestratorctl keys create NAME` makes the first")
 
 
 @keys.command()
@@ -142,7 +147,7 @@ def usage(call: options.Call, name: str | None, since: str | None) -> None:
     fields = ("key", "model", "requests", "prompt_tokens", "completion_tokens")
     rows = [[str(row.get(field, "-")) for field in fields] for row in found["usage"]]
     names = list(dict.fromkeys(str(row.get("key")) for row in found["usage"]))
-    call.show(found, lambda: tables.table(("KEY", "MODEL", "REQUESTS", "PROMPT-TOKENS", "COMPLETION-TOKENS"), rows), names)
+    call.show(found, lambda: tables.table(USAGE, rows, least=USAGE_LEAST), names)
 
 
 def _row(key: Json) -> list[str]:

@@ -4,17 +4,19 @@ Verbs raise; nothing below this file prints an error or exits with a code of its
 """
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from orchestrator import __version__
 from orchestrator.cli import completion, options, screen
 from orchestrator.cli.exits import (
+    FAILED,
     INTERRUPTED,
     MEANINGS,
     OK,
@@ -27,6 +29,7 @@ from orchestrator.cli.exits import (
 )
 
 COMPLETE = completion.VARIABLE
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of whatever stdout is
 
 
 # Each verb and where it is, in the order of a model's life.
@@ -129,6 +132,11 @@ class Verbs(click.Group):
         except BrokenPipeError:
             _drop_output()
             code = PIPE_CLOSED
+        except OSError as fault:
+            if fault.errno not in FULL:
+                raise
+            _drop_output()
+            code = _report(CliError(f"the output can not be written: {fault.strerror}", FAILED, code="not_written"), "table")
         sys.exit(code)
 
     def _run(self, words: list[str], prog_name: str) -> int:
@@ -187,6 +195,12 @@ def _drop_output() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
+def _nowhere(number: int) -> TextIO:
+    """A stream that was closed by who called us (`>&-`): nobody wants it, and its number must not become a socket's."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return open(number, "w", closefd=False)
+
+
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         screen.out(f"orchestratorctl {__version__}")
@@ -222,6 +236,7 @@ def cli() -> None:
 
 
 def main() -> None:
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(1), sys.stderr or _nowhere(2)
     for stream in (sys.stdout, sys.stderr):
         # A log line that the terminal's encoding lacks is shown escaped rather than as a traceback.
         if reconfigure := getattr(stream, "reconfigure", None):

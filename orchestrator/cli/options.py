@@ -61,6 +61,14 @@ class Call:
         elif page is not None:
             screen.out(page())
 
+    def show_next(self, data: Json, page: Callable[[], str] | None, names: Sequence[str]) -> None:
+        """The same of one of many, as they come: an object a line under -o json, a document each under -o yaml."""
+        if self.output == "json":
+            return screen.out_json_line(data)
+        if self.output == "yaml":
+            screen.out("---")
+        self.show(data, page, names)
+
     def client(self, timeout_s: float | None = None, answer_s: float | None = None) -> "Client":
         """A client of the chosen daemon; `timeout_s` counts from now."""
         import os

@@ -49,8 +49,10 @@ def pull(call: options.Call, source: str, revision: str | None, engine: str | No
     if last.get("phase") != "done":
         message = str(last.get("message") or f"the daemon ended it; {hint('pull', source)} goes on")
         raise CliError(message, FAILED, code=str(last.get("code") or "cut"))
-    if not call.json:
+    if call.for_people:
         screen.out(_end(source, last))
+    elif call.output == "name":
+        screen.out(str(last["path"]))
 
 
 def _end(source: str, done: Json) -> str:
@@ -80,17 +82,12 @@ class Display(Protocol):
 
 
 def _display(call: options.Call) -> Display:
-    if call.json:
-        return Raw()
+    if call.output in ("json", "yaml"):
+        return Raw(call)
     return Bar() if screen.live() else Lines()
 
 
-class Raw:
-    """What the daemon says."""
-
-    def show(self, line: Json) -> None:
-        screen.out_json_line(line)
-
+class Still:
     def __enter__(self) -> Self:
         return self
 
@@ -98,7 +95,17 @@ class Raw:
         pass
 
 
-class Lines(Raw):
+class Raw(Still):
+    """What the daemon says, as data."""
+
+    def __init__(self, call: options.Call) -> None:
+        self._call = call
+
+    def show(self, line: Json) -> None:
+        self._call.show_next(line, None, [])
+
+
+class Lines(Still):
     """For the logs of a script."""
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ import click
 
 from orchestrator.cli import options, screen
 from orchestrator.cli.exits import CONFIG, UNREACHABLE, CliError, Json
+from orchestrator.cli.tables import seconds
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
@@ -60,7 +61,7 @@ def restart_daemon(call: options.Call, keep_engines: bool, no_wait: bool, timeou
     answer = _sent(client, f"/restart?keep_engines={'true' if keep_engines else 'false'}", "it goes on as it is")
     if not no_wait:
         answer = _back(client, asked_at)
-    after = f"{time.monotonic() - asked_at:.1f} s"
+    after = seconds(time.monotonic() - asked_at)
     done = "being restarted" if no_wait else f"back after {after}: version {answer['version']}, {answer['listen']}"
     call.show(answer, lambda: f"the daemon is {done}", [])
 

@@ -43,6 +43,7 @@ def until(call: options.Call, names: tuple[str, ...], goal: str, timeout: float 
     told: dict[str, Json] = {}
     faults: list[CliError] = []
     names = tuple(dict.fromkeys(names))
+    name = names[0]
     try:
         client = call.client(timeout)
         client.get("/status")  # one that is not there at all is an error; one that goes is waited for
@@ -54,9 +55,8 @@ def until(call: options.Call, names: tuple[str, ...], goal: str, timeout: float 
     except KeyboardInterrupt:
         raise CliError("interrupted; nothing was changed", INTERRUPTED, code="interrupted") from None
     except DeadlinePassed:
-        late = next(name for name in names if name not in told)
-        message = f"--timeout passed: {late} is not {goal} yet; {hint('describe', late)} to look"
-        raise CliError(message, TIMED_OUT, code="timeout") from None
+        message = f"--timeout passed: {name} is not {goal} yet; {hint('describe', name)} to look"
+        raise CliError(message, TIMED_OUT, code="timeout", lines=[fault.message for fault in faults]) from None
     if faults:
         raise residency.together(faults, list(told.values()), len(names))
     call.show(told[names[0]] if len(names) == 1 else {"models": list(told.values())}, None, list(told))

@@ -89,13 +89,9 @@ def print_changes(call: Call, client: "Client", look: Look, every: float) -> NoR
 
 
 def _print(call: Call, shown: Shown, first: bool) -> None:
-    if call.json:
-        screen.out_json_line(shown.data)
-    else:
-        between = "---" if call.output == "yaml" else None if first else ""
-        if between is not None:
-            screen.out(between)
-        call.show(*shown)
+    if not first and call.output not in ("json", "yaml"):
+        screen.out("")
+    call.show_next(*shown)
     sys.stdout.flush()
 
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 from orchestrator.control import allowance
 from orchestrator.control.keys import Keys, Usage
 from orchestrator.control.ports import KeyStore
-from orchestrator.errors import Conflict, KeyNotFound, StoreError
+from orchestrator.errors import Conflict, KeyNotFound, StoreError, listed
 from orchestrator.policy.key import KeySpec, StoredKey, Used
 
 log = logging.getLogger("orchestrator.keys")
@@ -92,7 +92,7 @@ class Ledger:
         if key is None:
             near = difflib.get_close_matches(name, self._known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(sorted(self._known)) or "none yet; `orchestratorctl keys create NAME` makes one"
+            known = listed(self._known, none="none yet; `orchestratorctl keys create NAME` makes one")
             raise KeyNotFound(f"name: there is no key {name!r}.{hint} Known keys: {known}", param="name")
         return key
 

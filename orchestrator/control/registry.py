@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from orchestrator.control.ports import Sources, Store
 from orchestrator.control.shelf import Applied, Reloaded, Shelf, ceiling_problems, overridden
-from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError
+from orchestrator.errors import Conflict, ModelNotFound, Problem, SpecError, listed
 from orchestrator.policy.actions import Learn
 from orchestrator.policy.admission import reserve_bytes
 from orchestrator.policy.footprint import Footprint, estimate, floor_bytes
@@ -193,7 +193,7 @@ class Registry:
         if model is None:
             near = difflib.get_close_matches(name, self._by_name, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(sorted(self._known)) or "none yet; `orchestratorctl add-model NAME SOURCE` adds one"
+            names = listed(self._known, none="none yet; `orchestratorctl add-model NAME SOURCE` adds one")
             raise ModelNotFound(f"The model {name!r} does not exist.{hint} Known models: {names}", param="model")
         return model
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.experiments import beforehand
 from orchestrator.experiments.answers import Answer, Endpoint, ask, prompt
 from orchestrator.experiments.house import EMPTY_BYTES, House
-from orchestrator.experiments.progress import Progress
+from orchestrator.experiments.progress import Progress, counted
 from orchestrator.experiments.record import Arm, Record
 from orchestrator.experiments.static_engine import StaticEngine
 from orchestrator.experiments.trouble import Trouble
@@ -122,7 +122,7 @@ def _play(
     """`living` raises Trouble where whoever serves it has ended. `still_s`: memory that has not fallen for so long is at rest."""
     what = "through the daemon" if arm.name == "daemon" else "static"
     for name, endpoint in endpoints.items():
-        progress.say(f"{name}, {what}: {plan.warmup} requests to warm up")
+        progress.say(f"{name}, {what}: {counted(plan.warmup, 'request')} to warm up")
         house.warm(endpoint, name, plan.warmup, plan.tokens, plan.timeout_s)
     warm = watch.now_s()
     watch.settle(plan.settle_s, still_s)
@@ -130,7 +130,7 @@ def _play(
     done, total = 0, plan.turns * len(endpoints)
     for turn in range(plan.turns):
         for name, endpoint in endpoints.items():
-            progress.step(done, total, f"{what}: burst {done + 1} of {total}: {plan.requests} requests for {name}")
+            progress.step(done, total, f"{what}: burst {done + 1} of {total}: {counted(plan.requests, 'request')} for {name}")
             begin = watch.now_s()
             salts = [f"{name} {turn} {number}" for number in range(plan.requests)]
             arm.answers.append(house.asker.run(_burst(endpoint, name, plan, salts)))

@@ -227,7 +227,7 @@ class House:
         if given and all(answer.error for answer in given):
             self.check_daemon()
             if given[0].code in ("invalid_api_key", "missing_api_key", "http_401", "unauthorized"):
-                raise Trouble(f"{given[0].error}: give a key with --api-key or OPENAI_API_KEY")
+                raise Trouble(f"{str(given[0].error).rstrip('.')}: give a key with --api-key or OPENAI_API_KEY")
             raise Trouble(f"{name} answers nothing: {given[0].error}")
 
     # ---- before anything ----------------------------------------------------------------------------------------------

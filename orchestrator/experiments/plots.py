@@ -5,6 +5,7 @@ Each says whose GPU it was, which versions and when, and in big letters where th
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -25,6 +26,8 @@ SAID = {"daemon": "through the daemon", "static": "plain vLLM, static pool"}
 AROUND = 4  # looks before and after
 DECADES = 30  # times the least: then most of a linear axis is empty
 SMALL = 3  # times less than the largest
+TITLE_IN, UNDER_IN = 11.5, 15.5  # characters an inch, at sizes 11 and 8
+NARROW = 16  # characters of a model's name below its box
 MUCH = 8  # models that get a colour and a line of the legend of their own
 
 
@@ -50,30 +53,39 @@ def of_mix(outcome: Outcome, record: Record, result: Mapping[str, Any], folder: 
 
 
 def _memory(record: Record, result: Mapping[str, Any], path: Path) -> Path:
-    """Zero is the first burst, for each arm and round: so both are on the same axes."""
-    figure, panel = plt.subplots(figsize=(11, 4.6), layout="constrained")
-    told = set()
-    for arm in record.arms:
-        span = _span(arm)
-        if span is None:
-            continue
-        zero = arm.bursts[0][1] if arm.bursts else span[0]
-        samples = record.window(span)
-        label = SAID[arm.name] if arm.name not in told else None
-        told.add(arm.name)
-        panel.plot(
-            [s.at_s - zero for s in samples], [s.used_bytes / GIB for s in samples], color=OF_ARM[arm.name], linewidth=1.6, label=label
-        )
-        if arm.name == "daemon" and arm.round == 0:
-            for _, begin, end in arm.bursts:
-                panel.axvspan(begin - zero, end - zero, color="#000000", alpha=0.06, linewidth=0)
-    if record.empty_bytes:
-        panel.axhline(min(record.empty_bytes) / GIB, color="#777777", linewidth=0.9, linestyle="--", label="the GPU without either")
-    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
-    panel.set_xlabel("seconds after the first burst began (grey: bursts through the daemon)")
-    panel.set_ylabel("GPU memory in use, GiB")
-    panel.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """Zero is the first burst, for each arm and round: so both are on the same axes. What is too small there is shown once more."""
+    spans = [(arm, span) for arm in record.arms if (span := _span(arm)) is not None]
+    most: dict[str, float] = {}
+    for arm, span in spans:
+        most[arm.name] = max(most.get(arm.name, 0.0), *(s.used_bytes / GIB for s in record.window(span)), 0.0)
+    top = max(most.values(), default=1.0)
+    small = [name for name, value in most.items() if value < top / SMALL]
+    count = 1 + len(small)
+    figure, panels = plt.subplots(count, 1, figsize=(11, 1.6 + 3.0 * count), sharex=True, squeeze=False, layout="constrained")
+    for panel, only in zip(panels[:, 0], [None, *small], strict=True):
+        for arm, span in spans:
+            if only in (None, arm.name):
+                _used(panel, record.window(span), arm, span)
+        if record.empty_bytes:
+            panel.axhline(min(record.empty_bytes) / GIB, color="#777777", linewidth=0.9, linestyle="--", label="the GPU without either")
+        panel.set_ylim(0, 1.08 * (top if only is None else most[only]))
+        panel.set_ylabel("GPU memory in use, GiB")
+        if only is not None:
+            panel.set_title(f"{SAID[only]}, enlarged", loc="left", fontsize=9)
+    lines, labels = panels[0, 0].get_legend_handles_labels()
+    once = dict(zip(labels, lines, strict=True))  # a round more is no line more
+    panels[0, 0].legend(once.values(), once.keys(), fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[-1, 0].set_xlabel("seconds after the first burst began (grey: bursts through the daemon)")
     return _save(figure, result, "GPU memory in use", path)
+
+
+def _used(panel: Any, samples: Sequence[Sample], arm: Arm, span: tuple[float, float]) -> None:
+    zero = arm.bursts[0][1] if arm.bursts else span[0]
+    used = [sample.used_bytes / GIB for sample in samples]
+    panel.plot([sample.at_s - zero for sample in samples], used, color=OF_ARM[arm.name], linewidth=1.6, label=SAID[arm.name])
+    if arm.name == "daemon" and arm.round == 0:
+        for _, begin, end in arm.bursts:
+            panel.axvspan(begin - zero, end - zero, color="#000000", alpha=0.06, linewidth=0)
 
 
 def _latency(record: Record, names: Sequence[str], result: Mapping[str, Any], path: Path) -> Path:
@@ -83,7 +95,7 @@ def _latency(record: Record, names: Sequence[str], result: Mapping[str, Any], pa
             values = [a.total_s for one in record.of(arm) for burst in one.answers for a in burst if a.model == name and a.error is None]
             if values:
                 boxes.append(values)
-                labels.append(f"{name}\n{'daemon' if arm == 'daemon' else 'static'}")
+                labels.append(f"{_narrow(name)}\n{'daemon' if arm == 'daemon' else 'static'}")
                 colours.append(OF_ARM[arm])
     figure, panel = plt.subplots(figsize=(max(5.0, 1.6 + 1.5 * len(boxes)), 4.6), layout="constrained")
     if boxes:
@@ -178,7 +190,7 @@ def _by_decades(panel: Any, values: Sequence[float]) -> None:
 
 def _goodput(result: Mapping[str, Any], names: Sequence[str], path: Path) -> Path:
     figures = result["figures"]
-    labels = [*names, "all"]
+    labels = [*map(_narrow, names), "all"]
     values = [100 * figures.get(f"{name}_goodput", 0.0) for name in names] + [100 * figures.get("goodput", 0.0)]
     figure, panel = plt.subplots(figsize=(max(5.0, 1.6 + 0.9 * len(labels)), 4.4), layout="constrained")
     colours = [*(COLOURS[index % len(COLOURS)] for index in range(len(names))), "#111111"]
@@ -217,14 +229,23 @@ def _save(figure: Any, result: Mapping[str, Any], what: str, path: Path) -> Path
             rotation=14,
             weight="bold",
         )
-    figure.suptitle(f"{head}\n", x=0.01, ha="left", fontsize=11)
-    figure.text(0.01, 0.985 - 0.26 / figure.get_size_inches()[1], report.title(result), fontsize=8, color="#555555", va="top")
+    wide, high = figure.get_size_inches()
+    heads = wrap(head, int(wide * TITLE_IN))
+    under = wrap(report.title(result), int(wide * UNDER_IN))
+    top = 0.08 + 0.21 * len(heads)  # inches from the upper edge
+    figure.text(0.01, 1 - 0.08 / high, "\n".join(heads), fontsize=11, va="top")
+    figure.text(0.01, 1 - top / high, "\n".join(under), fontsize=8, color="#555555", va="top")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (top + 0.16 * len(under) + 0.06) / high))
     for panel in figure.axes:
         panel.grid(axis="y", linewidth=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _narrow(name: str) -> str:
+    return "\n".join(wrap(name, NARROW))
 
 
 def _pale(colour: str) -> str:

@@ -175,7 +175,7 @@ class Admission:
             self.actions.append(Wake(instance.launch.id, instance.model, reason))
         else:
             where = ", ".join(str(self.readable[uuid].index) for uuid in gpus)
-            reason = f"{instance.reason}; {show_bytes(need)} are free on GPU {where}"
+            reason = f"{instance.reason}; the {show_bytes(need)} that it needs are free on GPU {where}"
             launch = self._launch(instance.model, gpus)
             self.instances[instance.model] = instance.to(State.STARTING, now, reason, launch=launch, reserved=False, peak_bytes=0)
             self.actions.append(Start(launch, reason))

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ def api(folder: Path) -> LogsApi:
     return LogsApi(lambda: ["a", "b"], lambda name: name, log_files)
 
 
-def request(*models: str) -> Request:
-    return Request({"type": "http", "query_string": "&".join(f"model={name}" for name in models).encode(), "headers": []})
+def request(*models: str, after: Iterable[str] = ()) -> Request:
+    words = [*(f"model={name}" for name in models), *(f"after={end}" for end in after)]
+    return Request({"type": "http", "query_string": "&".join(words).encode(), "headers": []})
 
 
 def pieces(answer: StreamingResponse) -> Any:
@@ -116,6 +117,27 @@ async def test_following_tells_each_whole_line_once_and_goes_on_with_the_next_la
     await until(("b", "on"))
     assert len(found) == len(set(found)) == 5
     await stream.aclose()
+
+
+@pytest.mark.asyncio
+async def test_who_was_cut_off_goes_on_after_the_last_line_of_each_model_and_over_launches(tmp_path: Path) -> None:
+    append(tmp_path / "a.1.log", "one\nt\u00f6o\nhal")
+    append(tmp_path / "b.1.log", "first\n")
+    answer = await api(tmp_path).logs(request(), tail=100, follow=False)
+    ends = {(line := json.loads(each))["model"]: line["after"] async for piece in pieces(answer) for each in piece.splitlines()}
+    assert ends == {"a": "a.1.log:9", "b": "b.1.log:6"}
+    append(tmp_path / "a.1.log", "f\n" + "x" * 70_000 + "\nlast\n")  # more than is read at once
+    append(tmp_path / "a.2.log", "a new launch\n")
+    (tmp_path / "b.1.log").unlink()
+    append(tmp_path / "b.2.log", "another\n")
+    stream = pieces(await api(tmp_path).logs(request(after=ends.values()), tail=100, follow=True))
+    found: list[tuple[str, str]] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while ("a", "a new launch") not in found:
+            found.extend(told(each) for each in (await anext(stream)).splitlines() if each)
+    await stream.aclose()
+    assert [text for model, text in found if model == "a"] == ["half", "x" * 70_000, "last", "a new launch"]
+    assert ("b", "another") in found
 
 
 @pytest.mark.asyncio

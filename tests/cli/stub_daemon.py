@@ -192,7 +192,7 @@ def status(**more: Any) -> Json:
 
 
 class StubDaemon:
-    """`models` answer ls and describe, `gpus` explain, `watches` a watch, `logs` the engine's output.
+    """`models` answer ls and describe, `gpus` explain, `watches` a watch, `logs` an engine's output, `merged` that of several.
 
     `replies` override any call. `looks` are the loop's ticks, one for each question for the status; two after its bounds
     were changed a model has become `limited`.
@@ -207,6 +207,7 @@ class StubDaemon:
         self._limited_at: int | None = None
         self.watches: dict[str, list[object]] = {}
         self.logs: dict[str, list[object]] = {}
+        self.merged: list[object] = []
         self.replies: dict[tuple[str, str], Reply] = {}
         self.requests: list[Request] = []
         self.over = threading.Event()
@@ -234,6 +235,8 @@ class StubDaemon:
         if path == "/status":
             self._ticks = next(self.looks)
             return Reply(200, status(loop={"ticks": self._ticks, "last_ms": 1.25, "errors": 0}))
+        if path == "/logs":
+            return self.merged
         if path == "/explain":
             return Reply(200, {"gpus": self.gpus})
         if path == "/models":

@@ -145,3 +145,12 @@ def test_export_writes_yaml(daemon: StubDaemon, ctl: Ctl) -> None:
     done = ctl("export", "a", "--secrets")
     assert yaml.safe_load(done.stdout) == {"models": {"a": {"source": "org/a", "env": {"A": "1"}}}}
     assert daemon.sent("GET").path == "/api/v1/specs?name=a&secrets=true"
+
+
+@pytest.mark.parametrize("words", [["apply"], ["diff"]])
+def test_yaml_and_names_are_of_what_changes(daemon: StubDaemon, ctl: Ctl, file: Path, words: list[str]) -> None:
+    answers(daemon, CHANGED)
+    assert yaml.safe_load(ctl(*words, "-f", str(file), "-o", "yaml").stdout) == CHANGED
+    assert ctl(*words, "-f", str(file), "-o", "name").stdout == "new\na\nold\n"
+    answers(daemon, NOTHING)
+    assert ctl(*words, "-f", str(file), "-o", "name").stdout == ""

@@ -114,7 +114,7 @@ def test_logs_come_as_they_are(daemon: StubDaemon, ctl: Ctl) -> None:
     daemon.logs["qwen"] = ["one\ntw", "o\n", "no newline at the end"]
     said = ctl("logs", "qwen", "--tail", "7")
     assert said.stdout == "one\ntwo\nno newline at the end"
-    assert daemon.sent("GET").path == "/api/v1/models/qwen/logs?tail=7&follow=0"
+    assert daemon.sent("GET").path == "/api/v1/models/qwen/logs?tail=7"
 
 
 def test_logs_in_a_pipe_lose_their_colour(daemon: StubDaemon, ctl: Ctl) -> None:
@@ -125,8 +125,6 @@ def test_logs_in_a_pipe_lose_their_colour(daemon: StubDaemon, ctl: Ctl) -> None:
 def test_logs_json(daemon: StubDaemon, ctl: Ctl) -> None:
     daemon.logs["qwen"] = ["one\n", "two\n"]
     assert json.loads(ctl("logs", "qwen", "--json").stdout) == {"name": "qwen", "lines": ["one", "two"]}
-    followed = ctl("logs", "-f", "qwen", "--json").stdout.splitlines()
-    assert [json.loads(line) for line in followed] == [{"line": "one"}, {"line": "two"}]
 
 
 def test_logs_of_a_model_that_never_ran(daemon: StubDaemon, ctl: Ctl) -> None:
@@ -207,10 +205,3 @@ def test_status_has_a_line_for_each_launch_server(daemon: StubDaemon, ctl: Ctl) 
     assert "off: off" in lines
     daemon.replies["GET", "/status"] = Reply(200, status())
     assert "Launch servers" not in ctl("status").stdout
-
-
-def test_follow_ends_when_the_engine_does(daemon: StubDaemon, ctl: Ctl) -> None:
-    daemon.logs["m"] = ["last words\n"]
-    said = ctl("logs", "-f", "m", "--tail", "0")
-    assert (said.exit_code, said.stdout) == (0, "last words\n")
-    assert daemon.sent("GET").path.endswith("?tail=0&follow=1")

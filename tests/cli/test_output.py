@@ -18,6 +18,10 @@ LOOKS = (
     ["pin", "a"],
     ["pin", "a", "b"],
     ["doctor"],
+    ["events"],
+    ["logs", "a"],
+    ["logs", "a", "b"],
+    ["export"],
 )
 
 
@@ -29,6 +33,12 @@ def two(daemon: StubDaemon) -> StubDaemon:
     ]
     daemon.replies["GET", "/status"] = Reply(200, status(gpus=[gpu(0), gpu(1)]))
     daemon.replies["GET", "/doctor"] = Reply(200, {"findings": [{"state": "ok", "about": "NVML", "what": "there", "mend": None}]})
+    daemon.replies["GET", "/events"] = Reply(
+        200, {"events": [{"id": 7, "at": 1.0, "kind": "ready", "reason": "", "model": "a"}], "newest": 7}
+    )
+    daemon.replies["GET", "/logs"] = Reply(200, {"model": "b", "at": 1.0, "line": "one", "after": "b.log:4"})
+    daemon.replies["GET", "/specs"] = Reply(200, {"models": {"b": {"source": "org/b"}}})
+    daemon.logs["a"] = ["one\n"]
     return daemon
 
 
@@ -50,6 +60,10 @@ def test_json_and_yaml_are_the_same_object(two: StubDaemon, ctl: Ctl, words: lis
         (["status"], ["0", "1"]),
         (["pin", "a", "b"], ["a", "b"]),
         (["doctor"], ["NVML"]),
+        (["events"], ["7"]),
+        (["logs", "a"], ["a"]),
+        (["logs", "a", "b"], ["b"]),
+        (["export"], ["b"]),
     ],
 )
 def test_names_alone_are_a_line_each(two: StubDaemon, ctl: Ctl, words: list[str], names: list[str]) -> None:

@@ -67,7 +67,7 @@ def test_ctrl_c_detaches_from_a_pipe(daemon: StubDaemon, sock: str) -> None:
 
 
 def test_ctrl_c_ends_a_followed_log(daemon: StubDaemon, sock: str) -> None:
-    daemon.logs["qwen"] = ["hello\n", HANG]
+    daemon.merged = [{"model": "qwen", "at": None, "line": "hello", "after": "x.log:6"}, HANG]
     env = environment(ORCH_HOST=sock)
     with subprocess.Popen([*COMMAND, "logs", "-f", "qwen"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -199,3 +199,26 @@ def test_an_odd_locale_shows_escapes_instead_of_failing(daemon: StubDaemon, sock
     env = environment(ORCH_HOST=sock, PYTHONIOENCODING="latin-1")
     done = subprocess.run([*COMMAND, "logs", "m"], env=env, capture_output=True, timeout=DEADLINE_S, check=False)
     assert (done.returncode, done.stdout) == (0, b"gr\xf6\xdfe \\u2192 7\n")
+
+
+@pytest.mark.parametrize("words", [["ls"], ["ls", "-o", "yaml"], ["--help"], ["events", "-f"]], ids=" ".join)
+def test_a_full_disk_is_said_without_a_traceback(daemon: StubDaemon, sock: str, words: list[str]) -> None:
+    daemon.models = [model()]
+    daemon.replies["GET", "/events"] = Reply(200, {"events": [{"id": 1, "at": 1.0, "kind": "ready", "reason": ""}], "newest": 1})
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *words],
+            env=environment(ORCH_HOST=sock),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: the output can not be written: No space left on device\n")
+
+
+def test_a_closed_stdout_is_one_that_nobody_reads(daemon: StubDaemon, sock: str) -> None:
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "ls"]
+    done = subprocess.run(words, env=environment(ORCH_HOST=sock), capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -41,6 +41,14 @@ def test_timeout_is_124(daemon: StubDaemon, ctl: Ctl) -> None:
     assert "qwen is not ready yet" in said.stderr
 
 
+def test_timeout_is_for_all_together_and_names_the_late_one(daemon: StubDaemon, ctl: Ctl) -> None:
+    daemon.watches = {"a": [model("a", "failed")], "b": [model("b", "asleep"), HANG], "c": [model("c")]}
+    said = ctl("wait", "a", "b", "c", "--timeout", "0.2")
+    assert said.exit_code == 124
+    assert "b is not ready yet" in said.stderr
+    assert "a is failed" in said.stderr
+
+
 def test_nobody_is_waited_for_who_does_not_exist(daemon: StubDaemon, ctl: Ctl) -> None:
     assert ctl("wait", "nobody").exit_code == 4
     assert ctl("wait", "nobody", "--for", "deleted").exit_code == 0

@@ -175,6 +175,8 @@ async def test_an_unknown_name_lists_what_there_is_and_the_nearest() -> None:
     assert "llama, qwen-7b" in error.value.message
     with pytest.raises(ModelNotFound, match="add-model"):
         (await Shelf().load()).registry.resolve("a")
+    with pytest.raises(ModelNotFound, match=r"Known models: m100, .*, m119 and 180 more$"):
+        (await Shelf(*(spec(f"m{number}") for number in range(100, 300))).load()).registry.resolve("other")
 
 
 async def test_hold_and_start() -> None:

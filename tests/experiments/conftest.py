@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import daemons
 from tests.e2e.running import DEADLINE_S, Daemon
 
-SHORT = ("--requests", "2", "--tokens", "8", "--pause", "0", "--settle", "0.5s", "--yes")
+SHORT = ("--requests", "2", "--tokens", "8", "--pause", "0", "--settle", "0.2s", "--yes")
 KEEPER = "orchestrator.experiments.keeper"
 Bench = Callable[..., "subprocess.Popen[str]"]
 

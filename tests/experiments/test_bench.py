@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.running import Daemon, eventually
 from tests.experiments.conftest import KEEPER, SHORT, Bench, ended, heard, static_folders, static_processes
 
-IN_STATIC = "static: 2 requests to warm up"
+IN_OURS, IN_STATIC = "through the daemon: burst 1", "static: 2 requests to warm up"
 
 
 def result(folder: Path) -> Any:
@@ -45,14 +45,14 @@ def test_single_measures_both_arms_and_leaves_the_model_as_it_was(daemon: Daemon
     nothing_is_left(daemon)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, IN_OURS), (signal.SIGTERM, IN_STATIC)])
 def test_one_that_is_told_to_end_brings_the_model_back_and_keeps_what_it_has(
-    daemon: Daemon, bench: Bench, tmp_path: Path, number: signal.Signals
+    daemon: Daemon, bench: Bench, tmp_path: Path, number: signal.Signals, at: str
 ) -> None:
     name = daemon.name("a")
     daemon.until_state(name, "ready")
     running = bench("single", name, "--bursts", "1", "--no-plots", *SHORT, "--tokens", "60")
-    heard(running, IN_STATIC)
+    heard(running, at)
     running.send_signal(number)
     code, out, err = ended(running)
     assert (code, "Traceback" in err) == (130, False), err

@@ -87,7 +87,7 @@ def test_a_model_that_is_asked_for_starts_at_once_where_there_is_room() -> None:
     plan = Box({"a": known("a"), "b": known("b")}, [card(0, 50), card(1, 139)], {"a": ASKED}).look()
     assert starts(plan) == {"a": ("GPU-1",)}
     assert states(plan) == {"a": S.STARTING, "b": S.STOPPED}
-    assert plan.instances["a"].reason == "1 requests; 22.0GiB are free on GPU 1"
+    assert plan.instances["a"].reason == "1 requests; the 22.0GiB that it needs are free on GPU 1"
     assert plan.gpus["GPU-1"].claims_bytes == 22 * GIB
     assert plan.gpus["GPU-1"].pool_bytes == (139 - 4 - 22) * GIB
 
