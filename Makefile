@@ -6,7 +6,7 @@ ENGINE ?= $(PREFIX)/engine
 DESTDIR ?=
 BIN    := $(VENV)/bin
 MODEL  ?= /models/qwen2.5-0.5b
-JOBS   ?= 2
+JOBS   ?= 4  # more than cores: most of a test is waiting
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo run test check format planted fuzz chaos bench test-gpu engine install uninstall clean
