@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator import __version__, doctor, logs
-from orchestrator.api import projections
+from orchestrator.api import access, projections
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
 from orchestrator.api.board import Board
@@ -28,6 +29,7 @@ from orchestrator.api.daemon import DaemonApi
 from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.events import EventsApi
+from orchestrator.api.fate import Fates
 from orchestrator.api.keys import KeysApi
 from orchestrator.api.merged_logs import LogsApi
 from orchestrator.api.metrics import Metrics
@@ -63,6 +65,9 @@ from orchestrator.front import Front
 from orchestrator.policy.lifecycle import Rules
 from orchestrator.reload import Reload, warnings
 from orchestrator.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestrator.api.traces import Traces
 
 log = logging.getLogger("orchestrator")
 
@@ -155,12 +160,15 @@ async def _run(
     registry = Registry(store, sources, config.models.values(), config.engines, rules, versions=lambda engine: versions.get(engine, ""))
     await registry.load()
     launcher = Launcher(venvs, config.runtime_dir, config.logs_dir, store, wake.set, config.memory.limit_writer)
-    counts = Counts()
+    traces = _traces(config)
+    counts = Counts(traces.move if traces else None)
+    tells = [*([access.told] if config.log.access else []), *([traces.request] if traces else [])]
+    fates = Fates(counts, tells, spans=config.traces.sample if traces else None)
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue, counts=counts)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     upstreams = Upstreams(launcher.socket)
-    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, counts, config.log.access)
-    realtime = Realtime(traffic, registry.resolve, launcher.socket, keys)
+    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, fates)
+    realtime = Realtime(traffic, registry.resolve, launcher.socket, keys, fates)
     history = History(time.time() - time.monotonic())
 
     def looked(view: View) -> None:
@@ -286,6 +294,8 @@ async def _run(
     upstreams.tidy(())
     await loop.settle()
     await launcher.close()
+    if traces:
+        traces.close()
     if isinstance(gpus, Nvml):
         gpus.close()  # it would be a stranger's child of the successor
     log.info("starting again" if ending.restart else "stopped")
@@ -345,6 +355,14 @@ def _gpus(config: Settings) -> tuple[Gpus, str]:
     folder = config.runtime_dir / "simgpu"
     os.environ["SIM_GPU_DIR"] = str(folder)  # engines inherit it
     return SimGpus(folder, config.gpus.simulated.count, config.gpus.simulated.memory), "simulated"
+
+
+def _traces(config: Settings) -> "Traces | None":
+    if config.traces.endpoint is None:
+        return None
+    from orchestrator.api.traces import Traces  # of an extra: without the setting nothing of it is loaded
+
+    return Traces(config.traces.endpoint)
 
 
 def _rules(config: Settings) -> Rules:

@@ -5,7 +5,9 @@ Settings; everything else gets plain values. `load()` finds every fault of every
 """
 
 import os
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,8 @@ from orchestrator.policy.units import GIB, MIB, Duration, Size
 
 # Socket paths are at most 107 bytes (sun_path); the longest are vLLM's own (VLLM_RPC_BASE_PATH): <runtime>/engines/<launch id>/<uuid>.
 LONGEST_RUNTIME_DIR = 107 - len("/engines/12345678/") - 36
+ENDPOINT = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?(?<!/v1/traces)/?")
+OTLP = "opentelemetry.exporter.otlp.proto.http"
 
 
 class Section(BaseModel):
@@ -51,6 +55,24 @@ class Metrics(Section):
     local: bool = Field(
         False, description="Serve GET /metrics on listen.host:port too, without a key, to callers on this machine. Else: the admin API's."
     )
+
+
+class Traces(Section):
+    endpoint: str | None = Field(
+        None, description="OpenTelemetry collector (OTLP over HTTP) that spans go to: http://HOST:4318. Needs the extra `otel`. null: none."
+    )
+    sample: float = Field(1.0, ge=0, le=1, description="Share of the requests without a traceparent of their client's that are traced.")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, given: str | None) -> str | None:
+        if given is None:
+            return None
+        if not ENDPOINT.fullmatch(given):
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without /v1/traces, which is added")
+        if not _is_installed(OTLP):
+            raise ValueError("needs OpenTelemetry: pip install 'gpu-orchestrator[otel]' into the daemon's venv, or leave it null")
+        return given
 
 
 class Dirs(Section):
@@ -146,6 +168,7 @@ class Settings(BaseSettings):
     admin: Admin = Admin()
     keys: Keys = Keys()
     metrics: Metrics = Metrics()
+    traces: Traces = Traces()
     dirs: Dirs = Dirs()
     gpus: Gpus = Gpus()
     memory: Memory = Memory()
@@ -222,6 +245,13 @@ class Settings(BaseSettings):
     @property
     def admin_socket(self) -> Path:
         return self.admin.socket or self.runtime_dir / "admin.sock"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is not
+        return False
 
 
 def _systemd(variable: str) -> Path | None:

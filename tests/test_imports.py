@@ -61,6 +61,7 @@ HOMES: dict[str, set[str]] = {
     },
     "pydantic_settings": {"settings.py", "config_errors.py"},
     "prometheus_client": {"api/metrics.py"},
+    "opentelemetry": {"api/traces.py"},
     "click": {"commands.py", "cli/"},
     "rich": {"cli/"},
     "matplotlib": {"experiments/plots.py"},
@@ -123,8 +124,9 @@ def test_the_simulated_engine_and_the_code_inside_vllm_do_not_import_each_other(
         assert not [name for name in imports(path) if name.startswith("orchestrator.engine.") and part_of(name) and home not in name]
 
 
-def test_the_daemon_never_loads_an_engine_library() -> None:
-    code = "import sys, orchestrator.daemon; print([m for m in ('vllm', 'torch', 'kvcached', 'pynvml') if m in sys.modules])"
+def test_the_daemon_loads_no_engine_library_and_no_extra() -> None:
+    never = ("vllm", "torch", "kvcached", "pynvml", "opentelemetry.sdk")
+    code = f"import sys, orchestrator.daemon; print([m for m in {never} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,11 +10,26 @@ TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-
 
 
 class Ids(NamedTuple):
-    """Of one request. `traced`: the trace is the client's own."""
+    """Of one request. `traced`: the trace is the client's own. `parent`: the client's span, where `traceparent` is one of ours in it."""
 
     request_id: bytes
     traceparent: bytes
     traced: bool
+    parent: bytes = b""
+
+    def spanned(self, share: float) -> "Ids":
+        """With a span of ours, the parent of its engine's. Who began the trace says whether it is recorded; of those that begin here,
+        this share is."""
+        if not self.traced:  # then its span is ours
+            return self if random.random() < share else self._replace(traceparent=self.traceparent[:-2] + b"00")
+        if not self.recorded:
+            return self
+        ours = b"%b-%016x-%b" % (self.traceparent[:35], random.getrandbits(64) or 1, self.traceparent[-2:])
+        return self._replace(traceparent=ours, parent=self.traceparent)
+
+    @property
+    def recorded(self) -> bool:
+        return int(self.traceparent[-2:], 16) & 1 == 1
 
 
 def ids(request_id: bytes | None, traceparent: bytes | None) -> Ids:

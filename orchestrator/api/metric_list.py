@@ -61,14 +61,17 @@ METRICS: dict[str, Told] = {
     "orchestrator_longest_wait_seconds": Told("gauge", "How long the one that waits longest has waited; 0: nobody waits.", ("model",)),
     "orchestrator_queue_wait_seconds": Told("histogram", "Waits of requests that had to wait, until their turn came.", ("model",)),
     "orchestrator_requests_total": Told(
-        "counter", "Requests that ended, by HTTP status; 499: its client left first, 502: its engine broke off.", ("model", "code")
+        "counter", "Requests that ended, by HTTP status; 101: a WebSocket, 499: its client left first, 502: its engine broke off.",
+        ("model", "code"),
     ),
     "orchestrator_errors_total": Told("counter", "Requests that ended with an error of the daemon's own, by its code.", ("model", "code")),
     "orchestrator_request_seconds": Told(
-        "histogram", "From the whole request to the end of its answer, waits included; no errors.", ("model",)
+        "histogram", "From the whole request to the end of its answer, waits included; no errors, no WebSockets.", ("model",)
     ),
     "orchestrator_time_to_first_token_seconds": Told("histogram", "From the whole request to the first event of its stream.", ("model",)),
     "orchestrator_tokens_total": Told(
-        "counter", "Tokens of requests with an API key, as engines told them; kind: prompt or completion.", ("model", "kind")
+        "counter",
+        "Tokens, as engines told them in answers; of streams those with an API key, or that ask for usage; kind: prompt or completion.",
+        ("model", "kind"),
     ),
 }  # fmt: skip

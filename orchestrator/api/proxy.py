@@ -13,18 +13,17 @@ from typing import cast
 
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.api import access, asking, error_body, responses, routes, usage
+from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
 from orchestrator.api.connection import CLIENT, Client, Connection
 from orchestrator.api.exchange import UNBUFFERED, Exchange
-from orchestrator.api.fate import FATE, Fate, failed
+from orchestrator.api.fate import FATE, Fate, Fates, failed
 from orchestrator.api.ids import IDS, Ids
 from orchestrator.api.progress import Progress
 from orchestrator.api.responses import Made, Naming, Responses
 from orchestrator.api.routes import DIRECT, RESPONSES, Route
 from orchestrator.api.upstream import Upstreams
 from orchestrator.api.usage import Meter, Watch
-from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.traffic import Traffic
 from orchestrator.errors import BodyTooLarge, EngineDied, ModelUnavailable, OrchestratorError
@@ -48,34 +47,28 @@ class Proxy:
         upstreams: Upstreams,
         keys: Keys,
         max_body_bytes: int,
-        counts: Counts | None = None,
-        tells: bool = False,
+        fates: Fates | None = None,
     ) -> None:
-        """`tells`: a line for each request (access.py)."""
         self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
         self._responses = Responses()
-        self._count = (counts or Counts()).answered
-        self._tells = tells
+        self._fates = fates or Fates()
+        self._count, self._tells, self._spans = self._fates.count, self._fates.tells, self._fates.spans
+        self._asks = bool(self._tells)  # who is told hears of tokens, too
 
     async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._counted(scope, send, self._any(route, scope, receive, send))
+        await self._told(f"{route.method} {route.path}", scope, send, self._any(route, scope, receive, send))
 
     async def by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
         """To the engine that made that response, also while it sleeps; it needs no lease, and wakes nobody."""
-        await self._counted(scope, send, self._by_id(scope, receive, send))
+        route = "POST /v1/responses/{id}/cancel" if scope["method"] == "POST" else "GET /v1/responses/{id}"
+        await self._told(route, scope, send, self._by_id(scope, receive, send))
 
-    async def _counted(self, scope: Scope, send: Send, work: Awaitable[None]) -> None:
-        fate = scope["extensions"][FATE] = Fate()
+    async def _told(self, route: str, scope: Scope, send: Send, work: Awaitable[None]) -> None:
+        fate = scope["extensions"][FATE] = self._fates.begin(route, scope["extensions"][IDS])
         try:
             await _or_error(scope, send, work)
         finally:
-            first_s = None if fate.first_at is None else fate.first_at - fate.since
-            took_s = monotonic() - fate.since
-            self._count(fate.model, fate.status, took_s, first_s, fate.usage, fate.code)
-            if self._tells:
-                wait_s = took_s if fate.granted_at is None else fate.granted_at - fate.since
-                request_id, route = scope["extensions"][IDS].request_id, f"{scope['method']} {scope['path']}"
-                access.told(request_id, fate.who, fate.model, route, fate.status, fate.usage, wait_s, first_s, took_s)
+            self._fates.end(fate)
 
     async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
         """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
@@ -97,19 +90,21 @@ class Proxy:
             log.exception("a request could not be read")
             return None
         launch_id, since, give_back = self._traffic.take(model, wanted.ask)
-        meter, asked = None, body
-        if caller.metered or self._tells:
-            meter, asked = _metered(wanted, body)
+        meter, asked = _metered(wanted, body, caller.metered or self._asks)
         made = connection.ids()
-        head = _head(b"POST", b"", connection.headers, made, route.path, len(asked), DROPPED)
+        ours = made if self._spans is None else made.spanned(self._spans)
+        head = _head(b"POST", b"", connection.headers, ours, route.path, len(asked), DROPPED)
 
         def ended(status: int, first_at: float | None, code: str | None) -> None:
             now, usage = give_back(), meter.usage() if meter else None
             caller.leave(model, usage)
             self._count(model, status, now - since, first_at and first_at - since, usage, code)
             if self._tells:
-                first_s = first_at and first_at - since
-                access.told(made.request_id, caller.client, model, f"POST {route.path}", status, usage, 0.0, first_s, now - since)
+                fate = Fate(f"POST {route.path}", ours)
+                fate.since, fate.granted_at, fate.first_at, fate.ended_at = since, since, first_at, now
+                fate.who, fate.model, fate.status, fate.usage, fate.code = caller.client, model, status, usage, code
+                for tell in self._tells:
+                    tell(fate)
 
         return Exchange(connection, self._upstreams.of(launch_id), model, route, (head, asked), made, meter, ended)
 
@@ -132,8 +127,7 @@ class Proxy:
         caller.enter(model)
         meter: Meter | None = None
         try:
-            if caller.metered or self._tells:
-                meter, body = _metered(wanted, body)
+            meter, body = _metered(wanted, body, caller.metered or self._asks)
             await _unless_it_leaves(scope["extensions"][CLIENT], self._serve(scope, send, model, body, wanted, caller, meter))
         finally:
             fate.usage = meter.usage() if meter else None
@@ -150,7 +144,8 @@ class Proxy:
         if body is None:
             return
         made = self._responses.of(response_id, _owner(caller))
-        scope["extensions"][FATE].model = made.model
+        fate: Fate = scope["extensions"][FATE]
+        fate.model, fate.who, fate.granted_at = made.model, caller.client, monotonic()
         caller.enter(made.model)
         try:
             forward = self._forward(scope, send, path, made.model, made.launch_id, body, Progress(send, made.model), None)
@@ -201,10 +196,10 @@ class Proxy:
         dropped = DROPPED | {b"accept-encoding"} if progress.begun else DROPPED
         started = streaming = False
         client: Client = scope["extensions"][CLIENT]
-        fate: Fate = scope["extensions"].setdefault(FATE, Fate())  # an operator's is not counted
+        fate: Fate = scope["extensions"].get(FATE) or Fate("", scope["extensions"][IDS])  # an operator's is told to nobody
         try:
-            ids, method = scope["extensions"][IDS], scope["method"].encode()
-            head = _head(method, scope["query_string"], scope["headers"], ids, path, len(body), dropped)
+            method = scope["method"].encode()
+            head = _head(method, scope["query_string"], scope["headers"], fate.ids, path, len(body), dropped)
             answer = await self._upstreams.of(launch_id).ask(head, body, watch)
             try:
                 streaming = answer.content_type.startswith(b"text/event-stream")
@@ -265,10 +260,11 @@ def _owner(caller: Caller) -> str:
     return caller.client if caller.metered else ""
 
 
-def _metered(wanted: Asking, body: bytes) -> tuple[Meter, bytes]:
-    """What counts its tokens, and the body with which the engine tells them."""
-    unasked = wanted.streams and wanted.route.counts and not wanted.wants_usage
-    return Meter(unasked, wanted.streams), usage.asked_for(body) if unasked else body
+def _metered(wanted: Asking, body: bytes, asks: bool) -> tuple[Meter | None, bytes]:
+    """What counts its tokens, and the body with which the engine tells them. None where it does not, unless it is asked to (`asks`)."""
+    if wanted.streams and wanted.route.counts and not wanted.wants_usage:
+        return (Meter(True, True), usage.asked_for(body)) if asks else (None, body)
+    return Meter(False, wanted.streams), body
 
 
 def _head(

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from time import monotonic
 from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
@@ -16,8 +17,10 @@ from websockets.asyncio.client import ClientConnection, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from orchestrator.api import asking, error_body, usage
+from orchestrator.api.fate import Fate, Fates
 from orchestrator.api.ids import Ids, ids
 from orchestrator.api.talk import MESSAGE_BYTES, POLICY, Heard, Left, Talk
+from orchestrator.control.counts import UPGRADED
 from orchestrator.control.keys import Keys, Usage
 from orchestrator.control.traffic import Ask, Asker, Traffic
 from orchestrator.errors import EngineDied, OrchestratorError, RouteNotFound
@@ -34,44 +37,53 @@ ASK = Ask(asking.UNBOUNDED_TOKENS, first=0, likely=asking.LIKELY_TOKENS)
 class Realtime:
     """`socket_of`: launch id -> path of the engine's socket."""
 
-    def __init__(self, traffic: Traffic, resolve: Callable[[str], str], socket_of: Callable[[str], str], keys: Keys) -> None:
+    def __init__(
+        self, traffic: Traffic, resolve: Callable[[str], str], socket_of: Callable[[str], str], keys: Keys, fates: Fates | None = None
+    ) -> None:
         self._traffic, self._resolve, self._socket_of, self._keys = traffic, resolve, socket_of, keys
+        self._fates = fates or Fates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         headers = _headers(scope)
         made = ids(headers.get(b"x-request-id"), headers.get(b"traceparent"))
         talk = Talk(receive, send, made, next((one for one in scope["subprotocols"] if not one.startswith(KEY)), None))
+        fate = self._fates.begin("WS /v1/realtime", made)
         try:
-            caller = asking.caller_of(self._keys, scope, headers)
-            asker = asking.asker_of(headers, caller)
-            name = parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[-1]
-            heard, greeted = Heard(), not name
-            if greeted:
-                await talk.greet()
-                name, first = await talk.first_model(SILENCE_S)
-                await heard.put(first)
-            model = caller.resolve(self._resolve, name)
-            caller.enter(model)
-            meter = _Meter()
-            try:
-                await self._while_it_stays(talk, heard, greeted, model, asker, _passed_on(headers, made), meter)
-            finally:
-                caller.leave(model, meter.used)
+            await self._talk(scope, headers, talk, fate)
         except OrchestratorError as error:
+            fate.fail(error)
             await talk.refuse(error)
         except (Left, OSError):
             pass
         except Exception:
             log.exception("a realtime connection could not be served")
+            fate.fail(error_body.BUG)
             await talk.refuse(error_body.BUG)
+        finally:
+            self._fates.end(fate)
 
-    async def _while_it_stays(
-        self, talk: Talk, heard: Heard, greeted: bool, model: str, asker: Asker, headers: Mapping[str, str], meter: "_Meter"
-    ) -> None:
+    async def _talk(self, scope: Scope, headers: Mapping[bytes, bytes], talk: Talk, fate: Fate) -> None:
+        caller = asking.caller_of(self._keys, scope, headers)
+        fate.who = caller.client
+        asker = asking.asker_of(headers, caller)
+        name = parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])[-1]
+        heard, greeted = Heard(), not name
+        if greeted:
+            await talk.greet()
+            name, first = await talk.first_model(SILENCE_S)
+            await heard.put(first)
+        fate.model = model = caller.resolve(self._resolve, name)
+        caller.enter(model)
+        try:
+            await self._while_it_stays(talk, heard, greeted, asker, _passed_on(headers, fate.ids), fate)
+        finally:
+            caller.leave(model, fate.usage)
+
+    async def _while_it_stays(self, talk: Talk, heard: Heard, greeted: bool, asker: Asker, headers: Mapping[str, str], fate: Fate) -> None:
         """The client is heard all the time, so it is known at once when it leaves."""
         hearing = asyncio.create_task(talk.hear(heard))
-        serving = asyncio.create_task(self._serve(talk, heard, greeted, model, asker, headers, meter))
+        serving = asyncio.create_task(self._serve(talk, heard, greeted, asker, headers, fate))
         try:
             ended: set[asyncio.Task[None]] = set()
             while not ended and (left_s := IDLE_S - talk.silent_s) > 0:
@@ -86,17 +98,10 @@ class Realtime:
         if not serving.cancelled():
             serving.result()
 
-    async def _serve(
-        self,
-        talk: Talk,
-        heard: Heard,
-        greeted: bool,
-        model: str,
-        asker: Asker,
-        headers: Mapping[str, str],
-        meter: "_Meter",
-    ) -> None:
+    async def _serve(self, talk: Talk, heard: Heard, greeted: bool, asker: Asker, headers: Mapping[str, str], fate: Fate) -> None:
+        model = fate.model
         async with self._traffic.lease(model, ASK, asker) as launch_id:
+            fate.granted_at = monotonic()
             engine = await self._connect(model, launch_id, headers)
             talk.begin()
             try:
@@ -104,11 +109,12 @@ class Realtime:
                     await engine.recv()
                 else:
                     await talk.accept()
+                fate.status = UPGRADED
                 sending = asyncio.create_task(_send_all(talk, heard, engine, None if greeted else SILENCE_S))
                 try:
                     while True:
                         message = await engine.recv()
-                        meter.see(message)
+                        fate.usage = _used(fate.usage, message)
                         await talk.pass_on(message)
                 finally:
                     sending.cancel()
@@ -169,16 +175,12 @@ def _passed_on(headers: Mapping[bytes, bytes], made: Ids) -> dict[str, str]:
     return found
 
 
-class _Meter:
-    """Adds what the engine says that each of its answers took."""
-
-    def __init__(self) -> None:
-        self.used: Usage | None = None
-
-    def see(self, message: str | bytes) -> None:
-        if isinstance(message, str) and '"usage"' in message:
-            one = usage.Meter(False)
-            one.part(message.encode())
-            if (used := one.usage()) is not None:
-                before = self.used or Usage(0, 0)
-                self.used = Usage(before.prompt_tokens + used.prompt_tokens, before.completion_tokens + used.completion_tokens)
+def _used(before: Usage | None, message: str | bytes) -> Usage | None:
+    """With what the engine says, if it does, that an answer of its took."""
+    if isinstance(message, str) and '"usage"' in message:
+        one = usage.Meter(False)
+        one.part(message.encode())
+        if (used := one.usage()) is not None:
+            before = before or Usage(0, 0)
+            return Usage(before.prompt_tokens + used.prompt_tokens, before.completion_tokens + used.completion_tokens)
+    return before

@@ -14,6 +14,7 @@ KEPT_BYTES = 8192  # the end of an answer in which its usage is looked for; vLLM
 # A quote inside a JSON string is escaped, so text that a model wrote does not match. OpenAI's names, and Anthropic's and Responses'.
 PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
 COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
+EVENT = (b"data:", b"event:")  # how a part of a stream begins
 NO_CHOICE, USED = b'"choices":[]', b'"usage":{'  # both are in the event that vLLM adds, and in no other
 
 
@@ -59,7 +60,7 @@ class Meter:
         tail = b"".join(self._tail)
         at = tail.rfind(b'"usage"')  # the regexes cost ten times this search
         if at < 0:
-            return Usage(0, self._parts) if self._streams and self._parts else None
+            return Usage(0, self._parts) if self._streams and tail.startswith(EVENT) else None  # an error that came instead has none
         prompt = PROMPT.search(tail, at) or PROMPT.search(tail)  # Anthropic's may stand in the first event
         completion = COMPLETION.search(tail, at)
         if prompt is None and completion is None:

@@ -6,8 +6,9 @@ counted of a model is forgotten with it.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from orchestrator.control.keys import Usage
 from orchestrator.policy.actions import Action, SetLimit
@@ -16,7 +17,20 @@ from orchestrator.policy.instance import Instance, State
 # Upper bounds of buckets, in seconds. Of answers: from a cached embedding to a long stream behind a cold start.
 ANSWER_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 LOOK_S = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a decision: one interval is 0.25
+UPGRADED = 101  # of a WebSocket, whose seconds are no answer's
 LEFT = 499  # the status of a request whose client left before the end of its answer, as nginx calls it
+
+
+class Move(NamedTuple):
+    """What a model was brought into: a start, a sleep or a wake, from `began` to `ended` (time.monotonic's). `failed`: why it came to
+    nothing."""
+
+    model: str
+    kind: str
+    began: float
+    ended: float
+    why: str
+    failed: str = ""
 
 
 class Spread:
@@ -64,7 +78,10 @@ class ModelCounts:
 
 
 class Counts:
-    def __init__(self) -> None:
+    """`tell`: who hears of each move of a model, besides."""
+
+    def __init__(self, tell: Callable[[Move], None] | None = None) -> None:
+        self._tell = tell
         self.models: dict[str, ModelCounts] = {}
         self.looks = Spread(LOOK_S)
         self.loop_errors = 0
@@ -87,7 +104,7 @@ class Counts:
         found = self.models.get(model) or self.of(model)
         statuses = found.statuses
         statuses[status] = statuses.get(status, 0) + 1
-        if status < 400:
+        if UPGRADED < status < 400:
             spread = found.answers
             spread.counts[bisect_left(ANSWER_S, took_s)] += 1
             spread.sum += took_s
@@ -107,18 +124,33 @@ class Counts:
         found.states[after.state] = found.states.get(after.state, 0) + 1
         if after.state is State.STOPPING and after.failing:
             found.failures += 1
-        if before is None:
+        move = None if before is None else _move(before, after, adopted)
+        if move is None:
             return
-        match before.state, after.state:
-            case State.STARTING, State.READY if not adopted:
-                found.starts.add(after.since - before.since)
-            case State.WAKING, State.READY:
-                found.wakes.add(after.since - before.since)
-            case State.DRAINING, State.ASLEEP:
-                found.sleeps.add(after.since - (before.since if before.sent_at is None else before.sent_at))
+        if not move.failed:
+            {"start": found.starts, "wake": found.wakes, "sleep": found.sleeps}[move.kind].add(move.ended - move.began)
+        if self._tell is not None:
+            self._tell(move)
 
     def acted(self, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, SetLimit):
                 moves = self.of(action.model).limit_moves
                 moves[action.reason] = moves.get(action.reason, 0) + 1
+
+
+def _move(before: Instance, after: Instance, adopted: bool) -> Move | None:
+    failed = after.reason if after.failing else ""
+    began, kind = before.since, ""
+    match before.state, after.state:
+        case (State.STARTING, State.READY) if not adopted:
+            kind = "start"
+        case (State.WAKING, State.READY):
+            kind = "wake"
+        case (State.DRAINING, State.ASLEEP):
+            kind, began = "sleep", before.since if before.sent_at is None else before.sent_at
+        case (State.STARTING, State.STOPPING) if failed and not adopted:
+            kind = "start"
+        case (State.WAKING, State.STOPPING) if failed:
+            kind = "wake"
+    return Move(after.model, kind, began, after.since, before.reason, failed) if kind else None

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.api.app import UsersApp
+from orchestrator.api.fate import Fates
 from orchestrator.api.openai import forwarded
 from orchestrator.api.proxy import Proxy
 from orchestrator.api.realtime import Realtime
 from orchestrator.api.server import Server
 from orchestrator.api.upstream import Upstreams
+from orchestrator.control.counts import Counts
 from orchestrator.control.keys import Keys
 from orchestrator.control.traffic import Door, Traffic
 from tests.api.rawclient import Client, connected
@@ -29,6 +31,7 @@ class Doorway:
     upstream: Upstream
     upstreams: Upstreams
     server: Server
+    counts: Counts
 
     def door(self, launch_id: str | None = "one", **fields: object) -> None:
         self.traffic.publish({"one": Door(launch_id, **fields)})  # type: ignore[arg-type]
@@ -50,8 +53,9 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096,
         upstream = await stack.enter_async_context(scripted(folder / "engine.sock"))
         traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
-        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), max_body_bytes)
-        realtime = Realtime(traffic, lambda name: name, lambda launch_id: str(upstream.path), Keys())
+        fates = Fates(counts := Counts())
+        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), max_body_bytes, fates)
+        realtime = Realtime(traffic, lambda name: name, lambda launch_id: str(upstream.path), Keys(), fates)
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = Server(UsersApp([], forwarded(proxy, realtime), None, None), access_log=False, direct=proxy.direct)
         serving = asyncio.create_task(server.serve([public]))
@@ -62,4 +66,4 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096,
             upstreams.tidy(())
 
         stack.push_async_callback(stop)
-        yield Doorway(public.getsockname(), traffic, upstream, upstreams, server)
+        yield Doorway(public.getsockname(), traffic, upstream, upstreams, server, counts)

@@ -10,13 +10,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
 from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.events import EventsApi
+from orchestrator.api.fate import Fates
 from orchestrator.api.keys import KeysApi
 from orchestrator.api.merged_logs import LogsApi
 from orchestrator.api.metrics import Metrics
@@ -44,6 +45,9 @@ from orchestrator.policy.snapshot import EngineSeen, GpuReading, Segment, Traffi
 from orchestrator.policy.units import GIB, MIB
 from tests.api.rawclient import Answer, Client, connected
 from tests.api.upstream import Upstream, scripted
+
+if TYPE_CHECKING:
+    from orchestrator.api.traces import Traces
 
 DEADLINE_S = 20.0
 
@@ -206,6 +210,7 @@ async def house(
     ready: bool = True,
     keys: Keys | None = None,
     local_metrics: bool = False,
+    traces: "Traces | None" = None,
 ) -> AsyncIterator[House]:
     """`specs`: models of the config file. Unless `ready` is False they are up when the house is entered."""
     wake = asyncio.Event()
@@ -220,14 +225,15 @@ async def house(
         models = [ModelSpec.model_validate({"preload": ready, **spec}) for spec in specs]
         registry = Registry(store, Sources({}), models, ["default"], rules)
         await registry.load()
-        counts = Counts()
+        counts = Counts(traces.move if traces else None)
         traffic = Traffic(wake.set, max_wait_s, counts=counts)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
         keys = keys or Keys()
         ledger = Ledger(keys, store)
         await ledger.load()
-        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes, counts)
-        realtime = Realtime(traffic, registry.resolve, lambda launch_id: str(upstream.path), keys)
+        fates = Fates(counts, [traces.request] if traces else (), spans=1.0 if traces else None)
+        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes, fates)
+        realtime = Realtime(traffic, registry.resolve, lambda launch_id: str(upstream.path), keys, fates)
         observer = Observer(Cards(), engines, traffic.seen, time.monotonic)
         loop = Reconciler(registry, traffic, engines, observer, store, rules, 0.05, wake, counts=counts)
         about = About(

@@ -273,6 +273,41 @@ async def test_the_tokens_of_a_key(folder: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_without_a_key_the_tokens_that_an_answer_tells_are_counted(folder: Path, way: str) -> None:
+    """A stream that is not asked for its usage does not tell it, and is passed on as it is."""
+    async with house(folder, QWEN) as at, at.client() as client:
+        await client.request("/v1/completions", ASK)
+        await (await at.upstream.request()).answer(200, b'{"usage":{"prompt_tokens":7,"completion_tokens":9}}')
+        await client.answer()
+        for options, told in ((b'"stream_options": {"include_usage": true}', True), (b'"n": 1', False)):
+            body = STREAM[:-1] + b", " + options + b"}"
+            await client.request("/v1/completions", body)
+            there = await at.upstream.request()
+            assert there.body == body
+            await there.stream()
+            last = b'data: {"choices":[],"usage":{"prompt_tokens":100,"completion_tokens":20}}\n\n' if told else b"data: {}\n\n"
+            await there.chunk(last)
+            await there.end()
+            assert (await client.answer()).body == last
+        await counted(at, "org/qwen", 3)
+        found = await read(at)
+        assert value(found, "orchestrator_tokens_total", model="org/qwen", kind="prompt") == 107
+        assert value(found, "orchestrator_tokens_total", model="org/qwen", kind="completion") == 29
+
+
+@pytest.mark.asyncio
+async def test_an_error_has_no_tokens(folder: Path, way: str) -> None:
+    keys = Keys("always")
+    keys.admit(StoredKey(KeySpec(name="a"), sha256(b"sk-a").digest(), "sk-a", 0.0, None, None), 0)
+    async with house(folder, QWEN, keys=keys) as at, at.client() as client:
+        await client.request("/v1/completions", STREAM, "Authorization: Bearer sk-a")
+        await (await at.upstream.request()).answer(400, b'{"error":{"message":"too long"}}')
+        await client.answer()
+        await counted(at, "org/qwen", 1)
+        assert at.counts.of("org/qwen").completion_tokens == 0
+
+
+@pytest.mark.asyncio
 async def test_a_histograms_buckets_only_rise_and_end_with_all(folder: Path) -> None:
     async with house(folder, QWEN) as at:
         found = await read(at)

@@ -15,10 +15,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from orchestrator.api import realtime
+from orchestrator.control.counts import LEFT, UPGRADED
 from orchestrator.control.keys import Keys
 from orchestrator.errors import ModelUnavailable
 from tests.api.doorway import Doorway, doorway
 from tests.api.house import house
+from tests.support.eventually import eventually
 
 DEADLINE_S = 20.0
 CREATED = '{"type":"session.created","id":"sess-engine"}'
@@ -351,14 +353,43 @@ async def test_a_message_that_is_too_large_closes_it(folder: Path) -> None:
             await at.until_counts(0, 0)
 
 
+async def test_each_is_counted_once_at_its_end_by_what_became_of_it(folder: Path) -> None:
+    async with talking(folder) as (at, engine):
+
+        async def counted(statuses: dict[int, int]) -> None:
+            await eventually(lambda: at.counts.of("one").statuses == statuses, f"{statuses}; {at.counts.models}")
+
+        at.door()
+        async with to(at) as client:
+            there = await engine.connection()
+            await there.send('{"usage":{"prompt_tokens":7,"completion_tokens":3}}')
+            await heard(client)
+            await heard(client)
+            assert at.counts.of("one").statuses == {}
+        await counted({UPGRADED: 1})
+        found = at.counts.of("one")
+        assert (found.prompt_tokens, found.completion_tokens, sum(found.answers.counts)) == (7, 3, 0)
+        async with to(at):
+            (await engine.connection()).transport.abort()
+            await counted({UPGRADED: 1, 502: 1})
+        at.door(None, error=ModelUnavailable("stopped", code="model_stopped"))
+        assert (await refused(to(at)))[0] == 503
+        await counted({UPGRADED: 1, 502: 1, 503: 1})
+        assert found.errors["model_stopped"] == 1
+        async with to(at, "") as client:  # it leaves before it has named a model
+            await heard(client)
+        await eventually(lambda: at.counts.of("").statuses == {LEFT: 1}, f"it left; {at.counts.models}")
+
+
 async def test_what_an_engine_says_that_it_took_is_added_up() -> None:
-    meter = realtime._Meter()
+    used = None
     for message in ('{"type":"transcription.delta","delta":"a"}', b'"usage"', '{"text":"\\"usage\\": {\\"prompt_tokens\\": 9}"}'):
-        meter.see(message)
-    assert meter.used is None
+        used = realtime._used(used, message)
+    assert used is None
     for _ in range(2):
-        meter.see('{"type":"transcription.done","text":"a","usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}')
-    assert meter.used == (14, 6)
+        told = '{"type":"transcription.done","text":"a","usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
+        used = realtime._used(used, told)
+    assert used == (14, 6)
 
 
 @pytest.mark.parametrize(

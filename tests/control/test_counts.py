@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.counts import ANSWER_S, LEFT, Counts, Spread
+from orchestrator.control.counts import ANSWER_S, LEFT, UPGRADED, Counts, Move, Spread
 from orchestrator.control.keys import Usage
 from orchestrator.policy.instance import State
 from tests.control.fakes import spec
@@ -40,6 +40,13 @@ def test_only_answers_that_are_no_errors_have_a_duration() -> None:
     assert (found.prompt_tokens, found.completion_tokens, found.errors) == (11, 22, {"engine_error": 1})
 
 
+def test_a_websocket_is_counted_and_has_no_duration() -> None:
+    counts = Counts()
+    counts.answered("a", UPGRADED, 3600.0, None, Usage(5, 6))
+    found = counts.models["a"]
+    assert (found.statuses, sum(found.answers.counts), found.completion_tokens) == ({UPGRADED: 1}, 0, 6)
+
+
 def counts_of(there: World) -> Counts:
     return there.loop._counts
 
@@ -62,6 +69,25 @@ async def test_a_start_a_sleep_and_a_wake_are_counted_with_their_seconds() -> No
         assert (found.starts.count, found.wakes.count) == (1, 1)
         assert found.wakes.seconds == pytest.approx(there.tick_s)
         await again.finish()
+
+
+@pytest.mark.asyncio
+async def test_each_move_is_told_with_why_it_was_begun_and_why_it_failed() -> None:
+    moves: list[Move] = []
+    async with world(spec("a", sleep_timeout=5, idle_timeout=None)) as there:
+        counts_of(there)._tell = moves.append
+        await (await there.ready("a")).finish()
+        await there.tick(seconds=6.0)
+        await there.until("a", State.ASLEEP)
+        await there.ready("a")
+    async with world(spec("a")) as there:
+        counts_of(there)._tell = moves.append
+        there.engines.fail_next.append(("no such file", ()))
+        there.request("a")
+        await there.until("a", State.BACKOFF)
+    assert [(move.kind, bool(move.failed)) for move in moves] == [("start", False), ("sleep", False), ("wake", False), ("start", True)]
+    assert "no such file" in moves[-1].failed
+    assert all(move.why and move.model == "a" and move.began < move.ended for move in moves)
 
 
 @pytest.mark.asyncio
