@@ -35,7 +35,7 @@ def measure() -> dict[str, float]:
     """plan_N_us over both kinds, plan_N_KIND_us, and how much more 512 take than 64 (8: the cost grows as the number does)."""
     gc.collect()
     gc.freeze()  # as the daemon does: else a fifth of the time is the collector's, which looks at all that the bench has made
-    gc.set_threshold(GC_EVERY, 5, 5)
+    gc.set_threshold(GC_EVERY, 2, 2)
     cases = {(size, kind): [_case(size, kind, seed) for seed in range(SEEDS)] for size in SIZES for kind in KINDS}
     took: dict[tuple[int, str], list[float]] = {key: [] for key in cases}
     for _ in range(ROUNDS):

@@ -6,21 +6,18 @@ outlive a daemon that is killed, or told to keep them; the next one adopts them.
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import itertools
 import logging
 import os
-import resource
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import __version__, doctor, logs
+from orchestrator import __version__, doctor, logs, premises
 from orchestrator.api import access, projections
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
@@ -48,7 +45,6 @@ from orchestrator.control.history import History
 from orchestrator.control.keys import Keys
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.observe import Observer
-from orchestrator.control.ports import Gpus
 from orchestrator.control.reconciler import Reconciler, View
 from orchestrator.control.registry import Registry
 from orchestrator.control.traffic import Traffic
@@ -56,13 +52,10 @@ from orchestrator.drivers import processes, sockets, systemd, vllm
 from orchestrator.drivers.launcher import Launcher
 from orchestrator.drivers.nvml import Nvml
 from orchestrator.drivers.pulls import Pulls
-from orchestrator.drivers.simgpu import SimGpus
 from orchestrator.drivers.sources import Sources
 from orchestrator.drivers.store import SqliteStore
 from orchestrator.ending import SIGNALS, Ending
-from orchestrator.errors import StartupError
 from orchestrator.front import Front
-from orchestrator.policy.lifecycle import Rules
 from orchestrator.reload import Reload, warnings
 from orchestrator.settings import Settings
 
@@ -73,7 +66,6 @@ log = logging.getLogger("orchestrator")
 
 DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
 LAST_WORDS_S = 1.0  # a connection was made and its request is on the way: it would be closed as an idle one
-FILES = 65536  # as the service unit allows
 DROP_EVERY = 720  # looks at logs: an hour
 LOGS_S = 5.0  # how often logs are looked at: one system call each
 GC_EVERY = 20_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700, and next to nothing here is a cycle
@@ -84,9 +76,9 @@ async def serve(config: Settings, files: Sequence[Path]) -> Ending:
     started, where this machine does not allow it."""
     ending = Ending()
     ending.heed_signals()
-    _allow_files()
+    premises.allow_files()
     handed = systemd.handed_socket()
-    async with _house(config) as (store, admin):
+    async with premises.house(config) as (store, admin):
         group = sockets.group(config.admin.group, DEFAULT_GROUP)
         keys = Keys(config.keys.required)
         ledger = Ledger(keys, store)
@@ -100,9 +92,9 @@ async def serve(config: Settings, files: Sequence[Path]) -> Ending:
 
 async def end_engines(config: Settings) -> int:
     """Those that a daemon left running which is gone: ended, and cleaned up after. How many. Raises StartupError while one is there."""
-    async with _house(config) as (store, _):
+    async with premises.house(config) as (store, _):
         looked = asyncio.Event()
-        launcher = Launcher(_venvs(config, config.gpus.source), config.runtime_dir, config.logs_dir, store, looked.set)
+        launcher = Launcher(premises.venvs(config, config.gpus.source), config.runtime_dir, config.logs_dir, store, looked.set)
         await launcher.adopt()
         left = launcher.look()
         for launch_id in left:
@@ -111,30 +103,6 @@ async def end_engines(config: Settings) -> int:
             looked.clear()
             await looked.wait()
         return len(left)
-
-
-@contextlib.asynccontextmanager
-async def _house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.socket]]:
-    """The folders, ours alone, the operators' socket and the state."""
-    with contextlib.ExitStack() as held:
-        os.umask(0o022)
-        for folder, mode in (
-            (config.state_dir, 0o750),
-            (config.runtime_dir, 0o755),
-            (config.runtime_dir / "engines", 0o700),
-            (config.logs_dir, 0o750),
-        ):
-            _make(folder, mode)
-        os.umask(0o077)  # also what engines make, their segments in /dev/shm and what they download, is this user's alone
-        held.enter_context(_lock(config.state_dir))
-        held.enter_context(_lock(config.runtime_dir))
-        admin = held.enter_context(sockets.listen_unix(config.admin_socket))
-        store = SqliteStore(config.state_dir / "state.db")
-        await store.open()
-        try:
-            yield store, admin
-        finally:
-            await store.close()
 
 
 async def _run(
@@ -151,10 +119,10 @@ async def _run(
     started_at = time.monotonic()
     with contextlib.suppress(OSError):  # where that is forbidden they are init's, and how they end stays unknown
         processes.adopt_orphans()
-    gpus, gpu_source = _gpus(config)
+    gpus, gpu_source = premises.gpus(config)
     wake = asyncio.Event()
-    rules = _rules(config)
-    venvs = _venvs(config, gpu_source)
+    rules = premises.rules(config)
+    venvs = premises.venvs(config, gpu_source)
     versions = {name: vllm.version(venv) for name, venv in venvs.items()}
     sources = Sources(dict(os.environ))
     registry = Registry(store, sources, config.models.values(), config.engines, rules, versions=lambda engine: versions.get(engine, ""))
@@ -194,7 +162,7 @@ async def _run(
 
     def heed(changed: Settings) -> None:
         """What a reload may change besides models."""
-        rules = _rules(changed)
+        rules = premises.rules(changed)
         registry.heed(rules)
         loop.heed(rules, changed.loop.interval)
         traffic.heed(changed.requests.max_wait, changed.requests.max_queue)
@@ -218,7 +186,7 @@ async def _run(
         gpu_source,
         state_problem=lambda: store.problem,
         launch_servers=launcher.launch_servers,
-        sleepers_limit=lambda: _rules(reload.now).host_budget_bytes,
+        sleepers_limit=lambda: premises.rules(reload.now).host_budget_bytes,
     )
     desired, events, pull = DesiredApi(registry, loop), EventsApi(store), PullApi(pulls := Pulls(venvs), registry)
     merged = LogsApi(lambda: projections.names(registry.known(), loop.view), registry.resolve, launcher.log_files)
@@ -343,83 +311,12 @@ def _feed_systemd(view: View) -> None:
     systemd.notify("WATCHDOG=1\nSTATUS=" + (", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no models"))
 
 
-def _gpus(config: Settings) -> tuple[Gpus, str]:
-    chosen = config.gpus.source
-    if chosen != "simulated":
-        try:
-            return Nvml(config.logs_dir / "nvml.log"), "nvml"
-        except OSError as error:
-            if chosen == "nvml":
-                raise StartupError(str(error)) from None
-            log.warning("%s; taking simulated GPUs (gpus.source: auto)", error)
-    folder = config.runtime_dir / "simgpu"
-    os.environ["SIM_GPU_DIR"] = str(folder)  # engines inherit it
-    return SimGpus(folder, config.gpus.simulated.count, config.gpus.simulated.memory), "simulated"
-
-
 def _traces(config: Settings) -> "Traces | None":
     if config.traces.endpoint is None:
         return None
     from orchestrator.api.traces import Traces  # of an extra: without the setting nothing of it is loaded
 
     return Traces(config.traces.endpoint)
-
-
-def _rules(config: Settings) -> Rules:
-    sleepers = config.memory.sleepers if config.memory.sleepers is not None else processes.host_bytes() // 2
-    return Rules(config.memory.reserve, config.requests.drain_timeout, sleepers)
-
-
-def _venvs(config: Settings, gpu_source: str) -> dict[str, vllm.EngineVenv]:
-    """On simulated GPUs every engine is a simulated one: real ones would not start."""
-    return {
-        name: vllm.EngineVenv(
-            kind="simulated" if gpu_source == "simulated" else engine.kind,
-            python=engine.python if engine.kind == "vllm" and gpu_source != "simulated" else Path(sys.executable),
-            env=engine.env,
-            args=engine.args,
-            stop_grace_s=engine.stop_grace,
-            hang_s=engine.hang_timeout,
-            launch_server=engine.launch_server,
-        )
-        for name, engine in config.engines.items()
-    }
-
-
-def _make(folder: Path, mode: int) -> None:
-    try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StartupError(
-            f"{folder}: {error.strerror}: make it writable for this user, or choose another one under dirs in the config"
-        ) from None
-
-
-def _allow_files() -> None:
-    """Shells allow 1024 open files: a few hundred clients."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One daemon a folder. The kernel gives the lock back however the holder ends."""
-    with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise StartupError(f"{folder} is in use by another orchestratord (pid {holder}): stop it, or choose other dirs") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def main(words: Sequence[str] | None = None) -> None:
