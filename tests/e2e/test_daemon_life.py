@@ -294,14 +294,16 @@ def test_no_gpu_driver_is_said_with_its_mend(fresh: Fresh) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_watch_does_not_hold_up_the_end(fresh: Fresh) -> None:
+def test_a_follower_does_not_hold_up_the_end(fresh: Fresh) -> None:
     daemon = fresh().start()
     daemon.add(daemon.name("a"), "--no-start")
-    watching = threading.Thread(target=daemon.ctl, args=("logs", "--follow", daemon.name("a")))
-    watching.start()
-    try:
-        daemon.signal(signal.SIGTERM)
-        assert daemon.wait() == 0
-    finally:
-        watching.join(DEADLINE_S)
-    assert not watching.is_alive()
+    command = [sys.executable, "-m", "orchestrator.cli", "events", "--follow"]
+    env = {**daemon.env, "ORCH_HOST": str(daemon.admin)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as following:
+        try:
+            assert following.stdout is not None
+            assert daemon.name("a") in following.stdout.readline()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+        finally:
+            following.kill()  # it would wait for the next daemon
