@@ -181,7 +181,7 @@ def test_what_can_not_be_used_at_the_start_is_said_and_left_alone(fresh: Fresh, 
 @pytest.mark.timeout(300)
 def test_kills_at_random_moments_lose_nothing_that_was_answered(fresh: Fresh) -> None:
     """`python -m tests.e2e.state_kills 500` is the long run."""
-    kills = int(os.environ.get("STATE_KILLS", "20"))
+    kills = int(os.environ.get("STATE_KILLS", "10"))
     ledger = state_kills.run(fresh(), kills, seed=kills)
     assert not ledger.violations
     assert ledger.answered > kills

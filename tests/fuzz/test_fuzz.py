@@ -28,10 +28,10 @@ def test_whatever_is_sent_is_answered_in_order_and_leaves_nothing(at: Ground) ->
     asyncio.run(send_all(at.address, at.model, 1, range(ROUND), counts))
     at.until_at_rest()
     before = at.rss_bytes
-    asyncio.run(send_all(at.address, at.model, 1, range(ROUND, 3 * ROUND), counts))
+    asyncio.run(send_all(at.address, at.model, 1, range(ROUND, 2 * ROUND), counts))
     at.until_at_rest()
     assert counts.wrong == []
-    assert (counts.cases, set(counts.by_mutation)) == (3 * ROUND, set(MUTATIONS))
+    assert (counts.cases, set(counts.by_mutation)) == (2 * ROUND, set(MUTATIONS))
     assert counts.by_outcome["200"] > 100
     assert at.rss_bytes - before < GROWTH_BYTES
 
@@ -60,15 +60,15 @@ def test_leaving_after_several_requests_in_one_write(at: Ground) -> None:
 
 
 def test_requests_of_the_openapi_document_are_answered_as_it_says(at: Ground) -> None:
-    cases, said = schema.run(at, seed=1, examples=4)
+    cases, said = schema.run(at, seed=1, examples=2)
     at.until_at_rest()
     assert said == ""
-    assert cases > 500
+    assert cases > 250
 
 
 def test_whatever_an_engine_says_the_next_request_is_answered_right() -> None:
     counts = Counts()
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="o-api-") as folder:
-        asyncio.run(say_all(Path(folder), 1, range(1500), counts))
+        asyncio.run(say_all(Path(folder), 1, range(800), counts))
     assert counts.wrong == []
     assert set(counts.by_mutation) == KINDS

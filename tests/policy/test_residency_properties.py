@@ -15,7 +15,7 @@ from orchestrator.policy.resident import LEAST_TURN_S, Aging, How, Resident, Wai
 from orchestrator.policy.units import GIB
 
 NOW = 1000.0
-look = settings(max_examples=1500, derandomize=True, deadline=None)
+look = settings(max_examples=700, derandomize=True, deadline=None)
 
 
 @dataclass(frozen=True)
