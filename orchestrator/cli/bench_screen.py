@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.cli import screen
 from orchestrator.cli.describe import bare
+from orchestrator.cli.progress import bar
 from orchestrator.experiments.progress import Progress
 
 if TYPE_CHECKING:
@@ -17,13 +18,11 @@ def progress() -> Iterator[Progress]:
     if not screen.live():
         yield Lines()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield OnTerminal(bar)
+    text = TextColumn("{task.description}", markup=False)
+    with bar(SpinnerColumn(), text, BarColumn(bar_width=24), TimeElapsedColumn()) as drawn:
+        yield OnTerminal(drawn)
 
 
 class Lines(Progress):

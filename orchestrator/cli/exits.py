@@ -50,6 +50,11 @@ class CliError(Exception):
         self.lines = tuple(lines)
         self.body: Json = {"message": message, "type": "cli_error", "param": None, "code": code, **(body or {})}
 
+    @property
+    def is_away(self) -> bool:
+        """No daemon answers, or it says that it ends or begins: what follows it waits for the next one."""
+        return self.exit_code in (UNREACHABLE, BUSY)
+
 
 class DeadlinePassed(Exception):
     """The --timeout of this call is over. The verb that set it says what goes on without us."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from orchestrator.cli import screen
-from orchestrator.cli.exits import BUSY, UNREACHABLE, CliError, Json
+from orchestrator.cli.exits import CliError, Json
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
@@ -27,7 +27,7 @@ def followed(client: "Client", path: Callable[[], str], begun: bool = False) -> 
                 while (found := answer.object_line(SILENT_S)) is not None:
                     yield found
         except (CliError, TimeoutError) as fault:
-            if not (begun and _away(fault)):
+            if not begun or (isinstance(fault, CliError) and not fault.is_away):
                 raise
         screen.err("the daemon is away; waiting for it")
         _until_back(client)
@@ -39,13 +39,8 @@ def _until_back(client: "Client") -> None:
         try:
             client.get("/status")
         except CliError as fault:
-            if not _away(fault):
+            if not fault.is_away:
                 raise
             time.sleep(AGAIN_S)
         else:
             return
-
-
-def _away(fault: Exception) -> bool:
-    """Also one that says that it ends, or that begins."""
-    return not isinstance(fault, CliError) or fault.exit_code in (UNREACHABLE, BUSY)

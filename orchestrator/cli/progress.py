@@ -1,6 +1,7 @@
 """What a person sees while a model starts or stops: a bar on a terminal, else one line per phase; always on stderr.
 
-rich is imported only for the bar (60 ms). A reason that blocks the start (no memory yet) is printed whole, once.
+Bars of other work (pull.py, bench_screen.py) are made of the same parts. rich is imported only for the bar (60 ms). A reason that blocks
+the start (no memory yet) is printed whole, once.
 """
 
 from typing import TYPE_CHECKING, Protocol, Self
@@ -11,7 +12,7 @@ from orchestrator.cli.exits import Json
 from orchestrator.cli.tables import duration
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn, TextColumn
 
 
 class Display(Protocol):
@@ -34,7 +35,51 @@ def step(model: Json) -> str:
     return f"{state}: {detail}" if detail else state
 
 
-class Lines:
+class Still:
+    """A display that holds nothing of the terminal."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class Moving:
+    """A display that draws its bar from its begin to its end."""
+
+    def __init__(self, bar: "Progress") -> None:
+        self._bar = bar
+
+    def say(self, text: str) -> None:
+        """A line above the bar, which stays."""
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+def bar(*columns: "str | ProgressColumn") -> "Progress":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # transient: the verb's last line says what came of it, a full bar above it says nothing more.
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def description() -> "TextColumn":
+    """What it is at, in one line however narrow the terminal is."""
+    from rich.progress import TextColumn
+    from rich.table import Column
+
+    return TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+
+
+class Lines(Still):
     """One line per phase: for logs of a script."""
 
     def __init__(self) -> None:
@@ -46,18 +91,15 @@ class Lines:
             screen.err(line)
         self._last = line
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-
-class Bar:
+class Bar(Moving):
     """A bar that fills by phases, with the time so far and the time that starts of this model take."""
 
     def __init__(self) -> None:
-        self._bar = _rich_bar()
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        expected = TextColumn("{task.fields[expected]}", markup=False)
+        super().__init__(bar(SpinnerColumn(), description(), BarColumn(bar_width=24), TimeElapsedColumn(), expected))
         self._task = self._bar.add_task("", total=None, expected="")
         self._reason = ""
 
@@ -78,29 +120,5 @@ class Bar:
 
     def _explain(self, reason: str) -> None:
         if reason != self._reason:
-            self._bar.console.print(reason, markup=False, highlight=False)
+            self.say(reason)
         self._reason = reason
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-
-def _rich_bar() -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Column
-
-    # transient: the verb's last line says what came of it, a full bar above it says nothing more.
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[expected]}", markup=False),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -1,15 +1,13 @@
 """`pull`: a model from the hub into the engines' cache, before anybody waits for it. A bar on a terminal, else a line per 10 %."""
 
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any
 
 import click
 
 from orchestrator.cli import options, screen
 from orchestrator.cli.exits import FAILED, INTERRUPTED, CliError, Json, hint
+from orchestrator.cli.progress import Display, Moving, Still, bar, description
 from orchestrator.cli.tables import seconds, size
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ASK_S = 120.0  # the hub may be slow, and is asked several times
 SILENT_S = 60.0
@@ -73,26 +71,10 @@ def _begin(line: Json) -> list[str]:
     return lines
 
 
-class Display(Protocol):
-    def show(self, line: Json) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
 def _display(call: options.Call) -> Display:
     if call.output in ("json", "yaml"):
         return Raw(call)
     return Bar() if screen.live() else Lines()
-
-
-class Still:
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 class Raw(Still):
@@ -122,38 +104,18 @@ class Lines(Still):
             self._told = max(tenth, self._told)
 
 
-class Bar:
+class Bar(Moving):
     def __init__(self) -> None:
-        self._bar = _rich_bar()
+        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        done = DownloadColumn(binary_units=True)
+        super().__init__(bar(description(), BarColumn(bar_width=24), done, TransferSpeedColumn(), TimeRemainingColumn()))
         self._task: Any = None
 
     def show(self, line: Json) -> None:
         if line["phase"] == "asked":
             for text in _begin(line):
-                self._bar.console.print(text, markup=False, highlight=False)
+                self.say(text)
             self._task = self._bar.add_task(line["source"], total=line["total_bytes"], completed=line["total_bytes"] - line["need_bytes"])
         elif line["phase"] == "downloading":
             self._bar.update(self._task, description=line["file"], completed=line["done_bytes"])
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-
-def _rich_bar() -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.table import Column
-
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -10,7 +10,7 @@ import click
 
 from orchestrator.cli import options, residency, screen, wait
 from orchestrator.cli.describe import bare, failure_lines
-from orchestrator.cli.exits import BUSY, FAILED, INTERRUPTED, NOT_FOUND, TIMED_OUT, UNREACHABLE, CliError, DeadlinePassed, Json, hint
+from orchestrator.cli.exits import FAILED, INTERRUPTED, NOT_FOUND, TIMED_OUT, CliError, DeadlinePassed, Json, hint
 
 if TYPE_CHECKING:
     from orchestrator.cli.client import Client
@@ -72,7 +72,7 @@ def _reached(client: "Client", name: str, goal: str) -> Json:
         except CliError as fault:
             if fault.exit_code == NOT_FOUND and goal == "deleted":
                 return {"name": name, "state": "removed"}
-            if fault.exit_code not in (UNREACHABLE, BUSY):
+            if not fault.is_away:
                 raise
             if not away:
                 screen.err(f"waiting for the daemon: {fault.message}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import click
 
 from orchestrator.cli import cells, screen
-from orchestrator.cli.exits import BUSY, INTERRUPTED, UNREACHABLE, CliError, Json
+from orchestrator.cli.exits import INTERRUPTED, CliError, Json
 from orchestrator.cli.options import Call
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def looks(client: "Client", look: Look) -> Iterator[tuple[Shown | None, str]]:
         try:
             shown, trouble = look(client), ""
         except CliError as fault:
-            if not seen or fault.exit_code not in (UNREACHABLE, BUSY):
+            if not seen or not fault.is_away:
                 raise
             shown, trouble = None, f"waiting for the daemon: {fault.message}"
         seen = True
