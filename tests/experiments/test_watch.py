@@ -1,7 +1,8 @@
 """The watch ends an experiment whose figures would be worth nothing: others took memory, or the daemon is another one."""
 
 import os
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ DEADLINE_S = 20.0
 
 
 class Card:
-    """A GPU of which one process, this one, holds what the test says."""
+    """A GPU of which one process holds what the test says: this one, where no other is named."""
 
-    def __init__(self) -> None:
-        self.held = GIB
+    def __init__(self, holder: int | None = None) -> None:
+        self.held, self.holder = GIB, holder or os.getpid()
 
     def read(self) -> Sequence[GpuReading]:
-        return [GpuReading("GPU-0", 0, "a card", 80 * GIB, 80 * GIB - self.held, {os.getpid(): self.held})]
+        return [GpuReading("GPU-0", 0, "a card", 80 * GIB, 80 * GIB - self.held, {self.holder: self.held})]
 
     def close(self) -> None:
         pass
@@ -38,6 +39,14 @@ class Told:
         return {"qwen": {"state": "ready", "pool": pool, "engine": {"pid": self.engine, "gpu_bytes": GIB}}} if self.engine else {}
 
 
+@pytest.fixture
+def leader() -> Iterator[int]:
+    """A process in a session of its own, as an engine is. This one's may be led from outside its PID namespace: its id is 0 then."""
+    with subprocess.Popen(["sleep", "infinity"], start_new_session=True) as process:
+        yield process.pid
+        process.kill()
+
+
 def watching(card: Card, told: Told) -> Watch:
     return Watch(card, ["GPU-0"], told.models, lambda: told.pid, 512 * MIB)
 
@@ -51,9 +60,9 @@ def test_memory_that_others_take_ends_it_and_says_whose_it_is() -> None:
     assert "--foreign-tolerance 1024MiB" in found.value.lines[0]
 
 
-def test_memory_of_an_engine_is_nobody_elses_and_is_divided() -> None:
-    card, told = Card(), Told()
-    told.engine = os.getsid(0)
+def test_memory_of_an_engine_is_nobody_elses_and_is_divided(leader: int) -> None:
+    card, told = Card(leader), Told()
+    told.engine = leader
     with watching(card, told) as watch:
         card.held += 4 * GIB
         assert watch.until(lambda: watch.used_bytes == 5 * GIB and len(watch.samples) > 8, DEADLINE_S)
@@ -61,10 +70,10 @@ def test_memory_of_an_engine_is_nobody_elses_and_is_divided() -> None:
     assert (watch.samples[-1].foreign_bytes, held.kv_bytes, held.fixed_bytes) == (0, 128 * MIB, 5 * GIB - 128 * MIB)
 
 
-def test_a_static_engine_is_ours_too() -> None:
-    card = Card()
+def test_a_static_engine_is_ours_too(leader: int) -> None:
+    card = Card(leader)
     with watching(card, Told()) as watch:
-        watch.static["qwen"] = os.getsid(0)
+        watch.static["qwen"] = leader
         assert watch.until(lambda: watch.samples[-1].foreign_bytes == 0, DEADLINE_S)
     assert watch.samples[-1].models["qwen"].fixed_bytes == GIB
 
