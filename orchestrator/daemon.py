@@ -203,8 +203,8 @@ async def _run(
         open_routers.append(metrics.local(key))
     users = UsersApp(open_routers, engines_routes, admin, key)
     operators_all = operators(admin, viewing.operators(), chat({route.path: app for route, app in engines_routes.items()}))
-    front.server = Server(users, False, proxy.direct)
-    servers = [(front.server, front.socket), (Server(operators_app(operators_all, peers, page.router()), False), admin_socket)]
+    front.server = Server(users, proxy.direct)
+    servers = [(front.server, front.socket), (Server(operators_app(operators_all, peers, page.router())), admin_socket)]
 
     for warning in warnings(registry):
         log.warning("%s", warning)

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,12 @@ async def next_look(loop: Reconciler) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LOOK_TIMEOUT_S), loop.ticked:
             await loop.ticked.wait_for(lambda: loop.over or loop.view is not before)
+
+
+def refuse_unknown(given: Json, known: Collection[str], shape: str) -> None:
+    """Raises BadRequest where it has a field that nobody would read."""
+    if unknown := given.keys() - known:
+        raise BadRequest(f"There is no {min(unknown)!r} in it. {shape}", param=min(unknown))
 
 
 async def json_object(request: Request, else_said: str) -> Json:

@@ -15,10 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator import __version__
 from orchestrator.api import browsers, error_body, openapi, routes
 from orchestrator.api.ids import IDS, ids
-from orchestrator.api.peers import Peers
+from orchestrator.api.peers import Peers, bears
 from orchestrator.api.routes import Model, Route
 from orchestrator.api.talk import Talk
-from orchestrator.api.viewing import bears
 from orchestrator.errors import BadRequest, OrchestratorError, RouteNotFound, Unauthorized
 
 

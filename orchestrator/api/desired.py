@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import ValidationError
 
 from orchestrator.api import projections
-from orchestrator.api.admin import json_object, next_look
+from orchestrator.api.admin import json_object, next_look, refuse_unknown
 from orchestrator.api.projections import HIDDEN, SECRET, Json
 from orchestrator.control.reconciler import Reconciler
 from orchestrator.control.registry import Registry
@@ -41,8 +41,7 @@ class DesiredApi:
         """What was changed, or would be: with `dry_run` all is checked and nothing done."""
         given = await json_object(request, SHAPE)
         models, prune, dry_run = given.get("models", {}), given.get("prune", False), given.get("dry_run", False)
-        if unknown := given.keys() - {"models", "prune", "dry_run"}:
-            raise BadRequest(f"There is no {min(unknown)!r} in it. {SHAPE}", param=min(unknown))
+        refuse_unknown(given, {"models", "prune", "dry_run"}, SHAPE)
         if not isinstance(models, dict) or not isinstance(prune, bool) or not isinstance(dry_run, bool):
             raise BadRequest(SHAPE)
         applied = await self._registry.apply(self._specs(models), prune, projections.gpus(self._loop.view), dry_run)

@@ -60,7 +60,7 @@ class EventsApi:
     ) -> Json | StreamingResponse:
         """`since`: a duration, counted back from now. `after`: an id; all that came later, however many. `newest` in the answer: the id to
         follow after, whatever was asked for."""
-        begin, noted = _begin(since), self._events.told  # before the look: what comes after it is not missed
+        begin, noted = begin_of(since), self._events.told  # before the look: what comes after it is not missed
         newest = max((event.id for event in await self._events.events(None, 1)), default=0)
         if after is None:
             found = await self._events.events(model, tail, kind, begin) if tail else []
@@ -84,7 +84,8 @@ class EventsApi:
             last = max([last, *(event.id for event in found)])
 
 
-def _begin(since: str | None) -> float:
+def begin_of(since: str | None) -> float:
+    """The moment (epoch) that lies so long back; 0 where none is given. Raises BadRequest."""
     try:
         return time.time() - parse_duration(since) if since is not None else 0.0
     except ValueError as error:

@@ -18,9 +18,9 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
+from orchestrator.api.events import begin_of
 from orchestrator.api.logs import LOG_POLL_S, MAX_TAIL, read_from, tail_of
 from orchestrator.errors import BadRequest, ModelNotFound
-from orchestrator.policy.units import parse_duration
 
 ALIVE_S = 15.0
 CONTEXT = 500  # lines
@@ -69,7 +69,7 @@ class LogsApi:
     ) -> StreamingResponse:
         """Of the models that `model` names, any number of times; of all where none is. `previous`: of the launch before the newest.
         `after`: for each model of which something was told, the last line's own; the others begin with `tail`."""
-        begin = _begin(since)
+        begin = begin_of(since)
         if follow and previous:
             raise BadRequest("A launch that is over writes no more: follow, or previous.", param="follow")
         chosen = [self._resolve(name) for name in request.query_params.getlist("model")]
@@ -175,10 +175,3 @@ def time_in(text: str, now: float) -> float | None:
     except (ValueError, OverflowError):  # 02-30; 29 February in another year
         pass
     return None
-
-
-def _begin(since: str | None) -> float:
-    try:
-        return time.time() - parse_duration(since) if since is not None else 0.0
-    except ValueError as error:
-        raise BadRequest(f"since: {error}", param="since") from None

@@ -6,7 +6,6 @@ text: its own counters cost a request too much.
 """
 
 import asyncio
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import accumulate, islice
@@ -21,6 +20,7 @@ from orchestrator import __version__
 from orchestrator.api import asking, projections
 from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.metric_list import METRICS
+from orchestrator.api.peers import bears
 from orchestrator.control.counts import Counts, ModelCounts, Spread, Took
 from orchestrator.control.keys import is_here
 from orchestrator.control.reconciler import Reconciler, View
@@ -267,8 +267,7 @@ def _indexes(view: View) -> dict[str, str]:
 
 def _from_here(key: str | None) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if key is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode()):
+        if key is not None and bears(request, key):
             return
         if not is_here(asking.address_of(request.scope, dict(request.scope["headers"]))):
             raise Forbidden("The metrics are for this machine alone (metrics.local); elsewhere they need admin.tcp and its key.")

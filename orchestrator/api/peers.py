@@ -1,9 +1,10 @@
-"""Who may rule over the admin socket: root, the daemon's own user, and the members of one group. The kernel says who connected.
+"""Who may rule. Over TCP, whoever bears the admin key; over the admin socket, root, the daemon's own user and the members of one group.
 
 The socket is open to all (0666) and this is the gate: a socket that the kernel shuts says nothing but EACCES, and a daemon that is not
 root could not give it to a group that it is not in. Credentials are those of the moment of connect(), also of groups.
 """
 
+import hmac
 import os
 import socket
 import struct
@@ -38,6 +39,11 @@ class Peers:
         members = f"members of the group {self._group.name!r}" if self._group else "nobody else, as admin.group names no group"
         join = f": `sudo usermod -aG {self._group.name} $USER`, then log in again" if self._group else ""
         raise Forbidden(f"The admin socket is for root, the daemon's own user (uid {os.geteuid()}) and {members}; you are uid {uid}{join}.")
+
+
+def bears(request: Request, key: str) -> bool:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())
 
 
 def _groups(connection: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from orchestrator.api.admin import json_object
+from orchestrator.api.admin import json_object, refuse_unknown
 from orchestrator.control.registry import Registry
 from orchestrator.errors import BadRequest, ModelNotFound, PullFailed
 from orchestrator.policy.model import check_source
@@ -46,8 +46,7 @@ class PullApi:
         given = await json_object(request, SHAPE)
         if not isinstance(given.get("source"), str) or any(not isinstance(value, str) for value in given.values()):
             raise BadRequest(SHAPE, param="source")
-        if unknown := given.keys() - {"source", "engine", "revision"}:
-            raise BadRequest(f"There is no {min(unknown)!r} in it. {SHAPE}", param=min(unknown))
+        refuse_unknown(given, {"source", "engine", "revision"}, SHAPE)
         lines = self._pulls.follow(*self._what(**given))
         first = await anext(lines)  # also closes it where who asked has left by then
         if first["phase"] == "failed":

@@ -47,10 +47,10 @@ def most_connections() -> int:
 
 
 class Server(uvicorn.Server):
-    """`direct`: see Connection; not with an access log, which uvicorn's own cycles write. `most`: connections at the same time."""
+    """`direct`: see Connection. `most`: connections at the same time."""
 
-    def __init__(self, app: object, access_log: bool, direct: Direct | None = None, most: int | None = None) -> None:
-        self._direct, self._most = None if access_log else direct, most or most_connections()
+    def __init__(self, app: object, direct: Direct | None = None, most: int | None = None) -> None:
+        self._direct, self._most = direct, most or most_connections()
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
                 ws=WebSocket,
                 ws_per_message_deflate=False,  # a small frame may not become a large one here
                 lifespan="off",
-                access_log=access_log,
+                access_log=False,  # ours is access.py
                 log_config=None,
                 server_header=False,
                 proxy_headers=False,  # asking.py reads what is needed of them

@@ -6,7 +6,6 @@ is a JSON object a line, because EventSource can send no Authorization. Each lin
 
 import asyncio
 import contextlib
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from orchestrator import __version__
 from orchestrator.api import asking, browsers, error_body
 from orchestrator.api.board import Allows, Board, Sight
 from orchestrator.api.connection import CLIENT
+from orchestrator.api.peers import bears
 from orchestrator.api.projections import Json
 from orchestrator.control.history import COARSE_FOR_S
 from orchestrator.control.keys import Account, Keys
@@ -158,8 +158,3 @@ def chat(apps: Mapping[str, ASGIApp]) -> APIRouter:
 
 def _json(shown: Json) -> Response:
     return Response(msgspec.json.encode(shown), media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-def bears(request: Request, key: str) -> bool:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())

@@ -57,7 +57,7 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096,
         proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), max_body_bytes, fates)
         realtime = Realtime(traffic, lambda name: name, lambda launch_id: str(upstream.path), Keys(), fates)
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        server = Server(UsersApp([], forwarded(proxy, realtime), None, None), access_log=False, direct=proxy.direct)
+        server = Server(UsersApp([], forwarded(proxy, realtime), None, None), direct=proxy.direct)
         serving = asyncio.create_task(server.serve([public]))
 
         async def stop() -> None:

@@ -266,12 +266,11 @@ async def house(
                         admin,
                         key,
                     ),
-                    access_log=False,
                     direct=proxy.direct,
                 ),
                 public,
             ),
-            (Server(operators_app(admin, Peers(None)), access_log=False), private),
+            (Server(operators_app(admin, Peers(None))), private),
         ]
         for _ in range(4):  # wanted, waiting, starting, ready
             await loop.tick()

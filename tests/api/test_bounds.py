@@ -53,7 +53,7 @@ class Slow:
 @contextlib.asynccontextmanager
 async def served(app: Slow, most: int) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
     with socket.create_server(("127.0.0.1", 0)) as public:
-        server = Server(app, access_log=False, most=most)
+        server = Server(app, most=most)
         serving = asyncio.create_task(server.serve([public]))
         try:
             yield server, public.getsockname()
