@@ -16,7 +16,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from bench import results
+from bench import parts, results
 from bench.box import Box
 from bench.demo import QWEN, SHAPES
 from bench.folders import of_shape
@@ -72,8 +72,7 @@ def _settings(names: Sequence[str], source: Path) -> dict[str, str]:
     spec = {"source": str(source), "preload": True, "pinned": True}
     return {
         "ORCH_LISTEN__PORT": str(port),
-        "ORCH_GPUS__SOURCE": "simulated",
-        "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"}),
+        **parts.SIMULATED_CARD,
         "ORCH_MODELS": json.dumps(dict.fromkeys(names, spec)),
         "SIM_LOAD_S": "0",
     }

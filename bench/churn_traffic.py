@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.results import percentile
 from bench.workloads import Answer, ask, client
+from orchestrator.experiments.arrivals import shares
 
 DEADLINE_S = 120.0
 PROMPTS = (16, 64, 256, 512)
@@ -60,7 +61,7 @@ def schedule(models: Sequence[str], seconds: float, rate: float, seed: int) -> l
     """`rate`: requests a second, of all together. Which model is how popular is drawn too."""
     dice = random.Random(seed)
     ranked = dice.sample(list(models), len(models))
-    weights = [1 / rank**ZIPF for rank in range(1, len(ranked) + 1)]
+    weights = shares(len(ranked), ZIPF)
     found: list[Request] = []
     at = dice.expovariate(rate)
     while at < seconds:

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from typing import Any
 
 from bench import grabs, parts, plots, results, throughput, wedge
 from bench.box import Box
-from bench.demo import QWEN, SHAPES
-from bench.folders import of_shape, of_unknown_length
+from bench.demo import SHAPES
+from bench.folders import of_unknown_length
 from bench.scene import MIB, Part, Scene
 from bench.workloads import at_most, client
 
@@ -63,14 +62,8 @@ PARTS: dict[str, tuple[Callable[[Scene, float], Part], float]] = {  # and how lo
 
 def main(argv: list[str]) -> int:
     options = _options(argv)
-    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
-        if options.simulated:
-            options.model = [(name, str(of_shape(Path(folder) / name, QWEN | SHAPES[name]))) for name in SHAPES]
-            options.out = options.out or Path(tempfile.mkdtemp(prefix="orch-gpu-budgets-"))
-            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
-        options.out = options.out or results.RESULTS
-        options.out.mkdir(parents=True, exist_ok=True)
-        options.wedge_folder = of_unknown_length(Path(folder) / "unknown-length", Path(options.model[0][1]))
+    with parts.placed(options, "gpu-budgets", SHAPES) as folder:
+        options.wedge_folder = of_unknown_length(folder / "unknown-length", Path(options.model[0][1]))
         return _run(options, results.typed("gpu-budgets", argv))
 
 
@@ -123,7 +116,7 @@ def _settings(options: argparse.Namespace, args: list[str]) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.02"}, "args": args}
-        env |= {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
+        env |= parts.SIMULATED_CARD
     return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 

@@ -8,7 +8,6 @@ noted and the others go on; results are written after each.
 import argparse
 import json
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import churn, cold, leftovers, parts, results, wakes
-from bench.demo import QWEN, SHAPES
-from bench.folders import of_shape
+from bench.demo import SHAPES
 from bench.rig import NAME, Rig
 from bench.scene import Part
 
@@ -34,13 +32,7 @@ PARTS: Mapping[str, Callable[[Rig, float, Part], None]] = {"cold": cold.run, "wa
 
 def main(argv: list[str]) -> int:
     options = _options(argv)
-    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
-        if options.simulated:
-            options.model = [(name, str(of_shape(Path(folder) / name, QWEN | shape))) for name, shape in SIMULATED.items()]
-            options.out = options.out or Path(tempfile.mkdtemp(prefix=f"orch-{NAME}-"))
-            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
-        options.out = options.out or results.RESULTS
-        options.out.mkdir(parents=True, exist_ok=True)
+    with parts.placed(options, NAME, SIMULATED):
         return _run(options, results.typed(NAME, argv))
 
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ import psutil
 
 from bench import parts, results
 from bench.box import ROOT, Box
-from bench.demo import QWEN, SHAPES
-from bench.folders import of_shape
+from bench.demo import SHAPES
 from bench.scene import MIB, wait
 
 KINDS = {"single": 1, "shared": 2}  # and how many models each takes
@@ -33,13 +31,7 @@ PREFIX = "/tmp/orch-bench-"  # of the folders of static engines, which are in th
 def main(argv: list[str]) -> int:
     made = parts.parser("gpu-shared", __doc__, KINDS, 480.0, "twice: the models; the first is the one that runs alone")
     options = parts.parsed(made, argv, KINDS, 2, "--engine-python and two --model are needed (or --simulated)")
-    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
-        if options.simulated:
-            options.model = [(name, str(of_shape(Path(folder) / name, QWEN | SHAPES[name]))) for name in SHAPES]
-            options.out = options.out or Path(tempfile.mkdtemp(prefix="orch-gpu-shared-"))
-            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
-        options.out = options.out or results.RESULTS
-        options.out.mkdir(parents=True, exist_ok=True)
+    with parts.placed(options, "gpu-shared", SHAPES):
         return _run(options, results.typed("gpu-shared", argv))
 
 
@@ -86,7 +78,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}, "args": args}
-        env |= {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
+        env |= parts.SIMULATED_CARD
     return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 

@@ -12,11 +12,9 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -24,8 +22,7 @@ import psutil
 
 from bench import leftovers, parts, results
 from bench.box import Box
-from bench.demo import QWEN, SHAPES
-from bench.folders import of_shape
+from bench.demo import SHAPES
 from bench.rig import mib
 from bench.scene import EAGER, MIB, Scene, wait
 from bench.workloads import Answer, ask, client
@@ -96,13 +93,7 @@ class Load:
 def main(argv: list[str]) -> int:
     parser = parts.parser(NAME, __doc__, FAULTS, 560.0, "twice")
     options = parts.parsed(parser, argv, FAULTS, 2, "--engine-python and twice --model are needed (or --simulated)")
-    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
-        if options.simulated:
-            options.model = [(name, str(of_shape(Path(folder) / name, QWEN | shape))) for name, shape in SHAPES.items()]
-            options.out = options.out or Path(tempfile.mkdtemp(prefix=f"orch-{NAME}-"))
-            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
-        options.out = options.out or results.RESULTS
-        options.out.mkdir(parents=True, exist_ok=True)
+    with parts.placed(options, NAME, SHAPES):
         return _run(options, results.typed(NAME, argv))
 
 
@@ -159,7 +150,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}}
-        env = {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
+        env = dict(parts.SIMULATED_CARD)
     engine |= {"args": ["--load-format", "dummy"], "launch_server": True}
     return {**env, "ORCH_LISTEN__PORT": str(port), "ORCH_ENGINES": json.dumps({"default": engine})}
 

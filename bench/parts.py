@@ -1,10 +1,18 @@
-"""What the GPU benches of several parts take on their command line alike, and what is wrong with it whichever it is."""
+"""What the GPU benches of several parts have alike: their command line, what is wrong with it, and what a simulated run has instead."""
 
 import argparse
-from collections.abc import Collection, Sequence
+import contextlib
+import json
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import results
+from bench.demo import QWEN
+from bench.folders import of_shape
+
+SIMULATED_CARD = {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
 
 
 def parser(name: str, about: str | None, parts: Collection[str], limit_s: float, models: str) -> argparse.ArgumentParser:
@@ -37,3 +45,16 @@ def parsed(
         if not options.engine_python.exists():
             made.error(f"--engine-python: there is no {options.engine_python}")
     return options
+
+
+@contextlib.contextmanager
+def placed(options: argparse.Namespace, name: str, shapes: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """A folder for the run, gone after it; `options.out` is there then. A simulated run gets models of `shapes`."""
+    with tempfile.TemporaryDirectory(prefix="orch-models-") as folder:
+        if options.simulated:
+            options.model = [(model, str(of_shape(Path(folder) / model, {**QWEN, **shape}))) for model, shape in shapes.items()]
+            options.out = options.out or Path(tempfile.mkdtemp(prefix=f"orch-{name}-"))
+            print("SIMULATED: this exercises the code of the measurement. Its figures say nothing, and are not kept in bench/results.\n")
+        options.out = options.out or results.RESULTS
+        options.out.mkdir(parents=True, exist_ok=True)
+        yield Path(folder)

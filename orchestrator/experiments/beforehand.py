@@ -1,8 +1,8 @@
 """What is looked at before an experiment changes anything: whether it can be done here, and who else would notice."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.experiments import static_engine
 from orchestrator.experiments.trouble import Trouble
 from orchestrator.policy.units import show_bytes
 
@@ -62,12 +62,7 @@ def check_fits(house: "House", share: float) -> None:
 def check_python(house: "House") -> None:
     """Raises Trouble where there is no Python to start a static engine with."""
     for name in house.names:
-        venv = house.venv(str(house.before[name]["spec"]["engine"]))
-        if venv.kind == "vllm" and not os.access(venv.python, os.X_OK):
-            raise Trouble(
-                f"there is no Python to run at {venv.python}: name that of the engine venv with --engine-python,"
-                " or `sudo make engine` builds one",
-            )
+        static_engine.check_python(house.venv(str(house.before[name]["spec"]["engine"])))
 
 
 def check_names(house: "House") -> None:

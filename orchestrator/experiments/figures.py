@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.experiments.answers import Answer
 from orchestrator.experiments.samples import Sample
+from orchestrator.policy.units import MIB
 
-MIB = 1 << 20
 SHARES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 

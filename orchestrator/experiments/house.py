@@ -4,7 +4,6 @@ Knows the admin API as a Protocol: whoever runs an experiment hands in a client,
 """
 
 import asyncio
-import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from orchestrator.experiments.static_engine import Recipe
 from orchestrator.experiments.trouble import Trouble
 from orchestrator.experiments.watch import Cards, Watch, cards, restarted
 from orchestrator.policy.footprint import parse_tokens
+from orchestrator.policy.model import flag_in
 from orchestrator.policy.units import MIB, parse_size, show_bytes
 
 POLL_S = 0.2
@@ -122,7 +122,7 @@ class House:
         for name in self.names:
             spec = self.before[name]["spec"]
             words = [*self.status.get("engines", {}).get(spec["engine"], {}).get("args", ()), *spec["args"]]
-            if bound := _flag(words, "--max-model-len"):
+            if bound := parse_tokens(flag_in(words, "--max-model-len")):
                 found[name] = bound
         return found
 
@@ -250,13 +250,6 @@ def _until(probe: Callable[[], bool], most_s: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
-
-
-def _flag(words: Sequence[str], flag: str) -> int | None:
-    """The last value of a flag that counts tokens; None where there is none, or none that is a number."""
-    given = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
-    given += [value for word, value in itertools.pairwise(words) if word == flag]
-    return parse_tokens(given[-1]) if given else None
 
 
 def _size(text: str) -> int:

@@ -18,8 +18,8 @@ from orchestrator.experiments.answers import Answer
 from orchestrator.experiments.mix import Outcome
 from orchestrator.experiments.record import Arm, Record
 from orchestrator.experiments.samples import Held, Sample
+from orchestrator.policy.units import GIB
 
-GIB = 1 << 30
 COLOURS = ("#3b6fb6", "#d1812b", "#4c9a57", "#a94a58", "#7a62a8", "#7d7d7d", "#2a9d9d", "#b59b2d")
 OF_ARM = {"daemon": "#3b6fb6", "static": "#d1812b"}
 SAID = {"daemon": "through the daemon", "static": "plain vLLM, static pool"}

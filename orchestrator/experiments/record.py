@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from orchestrator.experiments import figures
 from orchestrator.experiments.answers import Answer
 from orchestrator.experiments.samples import Sample
-
-MIB = 1 << 20
+from orchestrator.policy.units import MIB
 
 
 @dataclass

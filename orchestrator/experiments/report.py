@@ -10,8 +10,8 @@ from typing import Any
 from orchestrator.experiments.house import House
 from orchestrator.experiments.record import Arm, Record
 from orchestrator.experiments.samples import Sample
+from orchestrator.policy.units import MIB
 
-MIB = 1 << 20
 SIMULATED = "SIMULATED GPU: this shows how it works, its figures say nothing of a real one"
 Json = dict[str, Any]
 

@@ -55,6 +55,15 @@ class Recipe:
     pool_bytes: int | None = None
 
 
+def check_python(venv: EngineVenv) -> None:
+    """Raises Trouble where it has no Python to start an engine with."""
+    if venv.kind == "vllm" and not os.access(venv.python, os.X_OK):
+        raise Trouble(
+            f"there is no Python to run at {venv.python}: name that of the engine venv with --engine-python,"
+            " or `sudo make engine` builds one"
+        )
+
+
 def command(recipe: Recipe, uds: Path) -> list[str]:
     venv = recipe.venv
     program = [str(venv.python), *SERVER] if venv.kind == "vllm" else [sys.executable, "-m", SIMULATOR]
@@ -95,9 +104,7 @@ class StaticEngine:
 
     def __enter__(self) -> Self:
         """Starts it, and returns before it is ready. Raises Trouble."""
-        python = self.recipe.venv.python
-        if self.recipe.venv.kind == "vllm" and not os.access(python, os.X_OK):
-            raise Trouble(f"there is no Python to run at {python}: name that of the engine venv with --engine-python")
+        check_python(self.recipe.venv)
         name = slug(self.recipe.model)
         folder = Path(tempfile.mkdtemp(prefix=f"orch-bench-{name}-", dir="/tmp"))  # short: a unix socket's path has 107 bytes
         self.folder, self.endpoint = folder, Endpoint(socket=folder / SOCKET)

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
@@ -268,14 +269,19 @@ class ModelSpec(BaseModel):
     def flag(self, name: str) -> str | None:
         """The value of vLLM's `--name` in args (`--name v` or `--name=v`), the last one, as argparse has it; "" for a bare flag; None where
         it is absent."""
-        for at, arg in reversed(list(enumerate(self.args))):
-            head, equals, value = arg.partition("=")
-            if head.startswith("--") and head.replace("_", "-") == name:
-                if equals:
-                    return value
-                following = self.args[at + 1] if at + 1 < len(self.args) else ""
-                return "" if following.startswith("-") else following
-        return None
+        return flag_in(self.args, name)
+
+
+def flag_in(args: Sequence[str], name: str) -> str | None:
+    """See ModelSpec.flag."""
+    for at, arg in reversed(list(enumerate(args))):
+        head, equals, value = arg.partition("=")
+        if head.startswith("--") and head.replace("_", "-") == name:
+            if equals:
+                return value
+            following = args[at + 1] if at + 1 < len(args) else ""
+            return "" if following.startswith("-") else following
+    return None
 
 
 def slug(name: str) -> str:
