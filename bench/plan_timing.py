@@ -4,14 +4,13 @@
 demands are far above what is there, so every call divides, shrinks and grows again.
 """
 
-import gc
 import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.daemon import GC_EVERY
+from orchestrator import garbage
 from orchestrator.policy.budgets import PoolMemory, plan
 from orchestrator.policy.division import Pool
 
@@ -33,9 +32,7 @@ class Case:
 
 def measure() -> dict[str, float]:
     """plan_N_us over both kinds, plan_N_KIND_us, and how much more 512 take than 64 (8: the cost grows as the number does)."""
-    gc.collect()
-    gc.freeze()  # as the daemon does: else a fifth of the time is the collector's, which looks at all that the bench has made
-    gc.set_threshold(GC_EVERY, 2, 2)
+    garbage.settle()  # as the daemon does: else a fifth of the time is the collector's, which looks at all that the bench has made
     cases = {(size, kind): [_case(size, kind, seed) for seed in range(SEEDS)] for size in SIZES for kind in KINDS}
     took: dict[tuple[int, str], list[float]] = {key: [] for key in cases}
     for _ in range(ROUNDS):

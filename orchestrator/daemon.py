@@ -6,7 +6,6 @@ outlive a daemon that is killed, or told to keep them; the next one adopts them.
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import __version__, doctor, logs, premises
+from orchestrator import __version__, doctor, garbage, logs, premises
 from orchestrator.api import access, projections
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
@@ -68,7 +67,6 @@ DEFAULT_GROUP = "orchestrator"  # of the package and its service unit
 LAST_WORDS_S = 1.0  # a connection was made and its request is on the way: it would be closed as an idle one
 DROP_EVERY = 720  # looks at logs: an hour
 LOGS_S = 5.0  # how often logs are looked at: one system call each
-GC_EVERY = 5_000  # objects: collections were a twelfth of a busy daemon's time at Python's 700; a request leaves none that need one
 
 
 async def serve(config: Settings, files: Sequence[Path]) -> Ending:
@@ -216,10 +214,8 @@ async def _run(
     tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
     writing = asyncio.create_task(ledger.run(), name="usage")
     capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max, registry.known), name="logs")
-    gc.collect()
-    gc.freeze()  # what is there now stays: no collection needs to look at it again
-    gc.collect()  # else Python waits for a fourth of what is frozen before it looks at old objects
-    gc.set_threshold(GC_EVERY, 2, 2)  # operators' calls leave cycles; those that grew old must not wait for hours
+    collecting = asyncio.create_task(garbage.collect(), name="garbage")
+    garbage.settle()
     log.info("serving %s, admin at %s, %s GPUs (%s), version %s", front.url, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
     if front.is_narrow:
         log.warning(
@@ -257,6 +253,7 @@ async def _run(
     tidying.cancel()
     writing.cancel()
     capping.cancel()
+    collecting.cancel()
     await pulls.close()
     await ledger.close()
     upstreams.tidy(())

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "marked_yaml": {"errors"},
     "config_errors": {"settings", "marked_yaml", "errors"},
     "journal": set(),
+    "garbage": set(),
     "logs": {"journal"},
     "engine": set(),
     # measures from outside, as a client of the daemon would, and starts a plain vLLM with what the drivers know of it
@@ -34,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "premises": {"control", "drivers", "policy", "settings", "errors"},
     "daemon": {
         "premises",
+        "garbage",
         "doctor",
         "front",
         "ending",
