@@ -211,6 +211,8 @@ class Connection(HttpToolsProtocol):
                 return
             self._by_asgi(body)
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # a large body's last part has stopped it, and a client's leaving is read, too
 
     def _by_asgi(self, body: bytes) -> None:
         """With what of the request has come, as if it had never been held."""
