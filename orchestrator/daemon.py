@@ -21,6 +21,7 @@ from orchestrator.api import access, projections
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
 from orchestrator.api.board import Board
+from orchestrator.api.bodies import Bodies
 from orchestrator.api.daemon import DaemonApi
 from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
@@ -133,7 +134,7 @@ async def _run(
     traffic = Traffic(wake.set, config.requests.max_wait, max_queue=config.requests.max_queue, counts=counts)
     observer = Observer(gpus, launcher, traffic.seen, time.monotonic)
     upstreams = Upstreams(launcher.socket)
-    proxy = Proxy(traffic, registry.resolve, upstreams, keys, config.requests.max_body, fates)
+    proxy = Proxy(traffic, registry.resolve, upstreams, keys, Bodies(config.requests.max_body, config.requests.max_bodies), fates)
     realtime = Realtime(traffic, registry.resolve, launcher.socket, keys, fates)
     history = History(time.time() - time.monotonic())
 

@@ -111,6 +111,11 @@ class Loop(Section):
 
 class Requests(Section):
     max_body: Size = Field(128 * MIB, ge=1024, description="A larger request body is refused with 413.")
+    max_bodies: Size = Field(
+        2 * GIB,
+        ge=1024,
+        description="What bodies over 64KiB may hold together until their requests are answered; one too many is refused with 503.",
+    )
     max_wait: Duration = Field(600.0, description="How long a request may wait for its model (503 and Retry-After after that).")
     max_queue: int = Field(4096, ge=1, description="How many may wait, for all models together (429 above that).")
     drain_timeout: Duration = Field(60.0, description="How long a model that is being stopped may finish its requests.")

@@ -7,14 +7,15 @@ in every phase: queued, before the first byte, mid-stream. However a request end
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import cast
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from orchestrator.api import asking, error_body, responses, routes, usage
 from orchestrator.api.asking import OWN_HEADERS, Asking
+from orchestrator.api.bodies import Bodies, Hold
 from orchestrator.api.connection import CLIENT, Client, Connection
 from orchestrator.api.exchange import UNBUFFERED, Exchange
 from orchestrator.api.fate import FATE, Fate, Fates, failed
@@ -26,7 +27,7 @@ from orchestrator.api.upstream import Upstreams
 from orchestrator.api.usage import Meter, Watch
 from orchestrator.control.keys import Caller, Keys
 from orchestrator.control.traffic import Traffic
-from orchestrator.errors import BodyTooLarge, EngineDied, ModelUnavailable, OrchestratorError
+from orchestrator.errors import EngineDied, ModelUnavailable, OrchestratorError
 
 log = logging.getLogger("orchestrator.proxy")
 
@@ -46,22 +47,24 @@ class Proxy:
         resolve: Callable[[str], str],
         upstreams: Upstreams,
         keys: Keys,
-        max_body_bytes: int,
+        bodies: Bodies,
         fates: Fates | None = None,
     ) -> None:
-        self._traffic, self._resolve, self._upstreams, self._keys, self._max_body = traffic, resolve, upstreams, keys, max_body_bytes
+        self._traffic, self._resolve, self._upstreams, self._keys, self._bodies = traffic, resolve, upstreams, keys, bodies
         self._responses = Responses()
         self._fates = fates or Fates()
         self._count, self._tells, self._spans = self._fates.count, self._fates.tells, self._fates.spans
         self._asks = bool(self._tells)  # who is told hears of tokens, too
 
     async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._told(f"{route.method} {route.path}", scope, send, self._any(route, scope, receive, send))
+        with self._bodies.hold(receive) as hold:
+            await self._told(f"{route.method} {route.path}", scope, send, self._any(route, scope, hold, send))
 
     async def by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
         """To the engine that made that response, also while it sleeps; it needs no lease, and wakes nobody."""
         route = "POST /v1/responses/{id}/cancel" if scope["method"] == "POST" else "GET /v1/responses/{id}"
-        await self._told(route, scope, send, self._by_id(scope, receive, send))
+        with self._bodies.hold(receive) as hold:
+            await self._told(route, scope, send, self._by_id(scope, hold, send))
 
     async def _told(self, route: str, scope: Scope, send: Send, work: Awaitable[None]) -> None:
         fate = scope["extensions"][FATE] = self._fates.begin(route, scope["extensions"][IDS])
@@ -72,7 +75,8 @@ class Proxy:
 
     async def straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
         """To one engine, whatever it is doing: without a lease, and without a word on who asks."""
-        await _or_error(scope, send, self._straight(scope, receive, send, path, model, launch_id))
+        with self._bodies.hold(receive) as hold:
+            await _or_error(scope, send, self._straight(scope, hold, send, path, model, launch_id))
 
     def direct(self, connection: Connection, body: bytes) -> Exchange | None:
         """The request as one that need not wait, if it need not; the same as __call__ otherwise. None: nothing was done or counted."""
@@ -81,7 +85,7 @@ class Proxy:
             caller = asking.caller_of(self._keys, cast(Scope, connection.scope), headers)
             wanted = asking.read(route, headers, body, caller)
             model = caller.resolve(self._resolve, wanted.model)
-            if wanted.progress or len(body) > self._max_body or not self._traffic.takes(model, wanted.ask):
+            if wanted.progress or len(body) > self._bodies.small_bytes or not self._traffic.takes(model, wanted.ask):
                 return None
             caller.enter(model)
         except OrchestratorError:  # the way of ASGI says it
@@ -108,12 +112,12 @@ class Proxy:
 
         return Exchange(connection, self._upstreams.of(launch_id), model, route, (head, asked), made, meter, ended)
 
-    async def _any(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _any(self, route: Route, scope: Scope, hold: Hold, send: Send) -> None:
         if routes.is_escaped(scope["raw_path"]):
             raise routes.missing(scope["method"], scope["path"])
         headers = dict(scope["headers"])
         caller = asking.caller_of(self._keys, scope, headers)
-        body = await _read_body(headers, receive, self._max_body)
+        body = await hold.read(headers)
         if body is None:
             return  # the client left
         fate: Fate = scope["extensions"][FATE]
@@ -133,14 +137,14 @@ class Proxy:
             fate.usage = meter.usage() if meter else None
             caller.leave(model, fate.usage)
 
-    async def _by_id(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _by_id(self, scope: Scope, hold: Hold, send: Send) -> None:
         found = routes.by_id(scope["method"], scope["path"])
         if found is None or routes.is_escaped(scope["raw_path"]):
             raise routes.missing(scope["method"], scope["path"])
         path, response_id = found
         headers = dict(scope["headers"])
         caller = asking.caller_of(self._keys, scope, headers)
-        body = await _read_body(headers, receive, self._max_body)
+        body = await hold.read(headers)
         if body is None:
             return
         made = self._responses.of(response_id, _owner(caller))
@@ -158,8 +162,8 @@ class Proxy:
         finally:
             caller.leave(made.model, None)
 
-    async def _straight(self, scope: Scope, receive: Receive, send: Send, path: str, model: str, launch_id: str) -> None:
-        body = await _read_body(dict(scope["headers"]), receive, self._max_body)
+    async def _straight(self, scope: Scope, hold: Hold, send: Send, path: str, model: str, launch_id: str) -> None:
+        body = await hold.read(dict(scope["headers"]))
         if body is not None:
             forward = self._forward(scope, send, path, model, launch_id, body, Progress(send, model), None)
             await _unless_it_leaves(scope["extensions"][CLIENT], forward)
@@ -302,33 +306,6 @@ async def _unless_it_leaves(client: Client, work: Awaitable[None]) -> None:
     finally:
         if client.on_leaving == task.cancel:  # else it is the next request's already
             client.on_leaving = None
-
-
-async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | None:
-    """The whole body, or None if the client left. Raises BodyTooLarge as soon as it is known to be."""
-    declared = headers.get(b"content-length", b"0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
-    whole: bytearray | None = None  # grows in place: parts that are joined at the end are there twice
-    while True:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunk: bytes = message.get("body", b"")
-        if (len(whole) if whole else 0) + len(chunk) > limit:
-            raise _too_large(limit)
-        more = message.get("more_body", False)
-        if whole is None and not more:
-            return chunk
-        if whole is None:
-            whole = bytearray()
-        whole += chunk
-        if not more:
-            return whole  # type: ignore[return-value]  # nobody who reads it sees a difference
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The request body is larger than {limit} bytes (requests.max_body).")
 
 
 async def _send_error(scope: Scope, send: Send, error: OrchestratorError) -> None:

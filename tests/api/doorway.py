@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.api.app import UsersApp
+from orchestrator.api.bodies import Bodies
 from orchestrator.api.fate import Fates
 from orchestrator.api.openai import forwarded
 from orchestrator.api.proxy import Proxy
@@ -54,7 +55,7 @@ async def doorway(folder: Path, max_wait_s: float = 60.0, max_queue: int = 4096,
         traffic = Traffic(lambda: None, max_wait_s, max_queue=max_queue)
         upstreams = Upstreams(lambda launch_id: str(upstream.path))
         fates = Fates(counts := Counts())
-        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), max_body_bytes, fates)
+        proxy = Proxy(traffic, lambda name: name, upstreams, Keys(), Bodies(max_body_bytes, 1 << 30), fates)
         realtime = Realtime(traffic, lambda name: name, lambda launch_id: str(upstream.path), Keys(), fates)
         public = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = Server(UsersApp([], forwarded(proxy, realtime), None, None), direct=proxy.direct)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.admin import About, Admin
 from orchestrator.api.app import UsersApp, operators, operators_app
+from orchestrator.api.bodies import Bodies
 from orchestrator.api.desired import DesiredApi
 from orchestrator.api.engine_metrics import EngineMetrics
 from orchestrator.api.events import EventsApi
@@ -206,6 +207,7 @@ async def house(
     *specs: Mapping[str, Any],
     max_wait_s: float = 60.0,
     max_body_bytes: int = 1 << 20,
+    max_bodies_bytes: int = 1 << 30,
     key: str | None = None,
     ready: bool = True,
     keys: Keys | None = None,
@@ -232,7 +234,7 @@ async def house(
         ledger = Ledger(keys, store)
         await ledger.load()
         fates = Fates(counts, [traces.request] if traces else (), spans=1.0 if traces else None)
-        proxy = Proxy(traffic, registry.resolve, upstreams, keys, max_body_bytes, fates)
+        proxy = Proxy(traffic, registry.resolve, upstreams, keys, Bodies(max_body_bytes, max_bodies_bytes), fates)
         realtime = Realtime(traffic, registry.resolve, lambda launch_id: str(upstream.path), keys, fates)
         observer = Observer(Cards(), engines, traffic.seen, time.monotonic)
         loop = Reconciler(registry, traffic, engines, observer, store, rules, 0.05, wake, counts=counts)

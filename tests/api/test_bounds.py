@@ -14,24 +14,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.types import Message, Receive
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from orchestrator import logs
 from orchestrator.api import logs as api_logs
 from orchestrator.api import realtime
+from orchestrator.api.bodies import Bodies
 from orchestrator.api.responses import Made, Responses
 from orchestrator.api.server import MOST_CONNECTIONS, OTHER_FILES, Server, most_connections
 from orchestrator.control.keys import Keys
 from orchestrator.control.queue import Place, Queue
 from orchestrator.control.tally import Largest
-from orchestrator.errors import RouteNotFound
+from orchestrator.errors import BodyTooLarge, ModelUnavailable, RouteNotFound
+from orchestrator.policy.units import KIB
 from tests.api.house import house
 from tests.api.rawclient import Client, Cut, connected
 from tests.api.test_realtime import talking
 from tests.support.eventually import eventually, turns
 
 DEADLINE_S = 20.0
+CHAT = "/v1/chat/completions"
+ONE = {"name": "one", "source": "org/one"}
 
 # ---- connections ----------------------------------------------------------------------------------------------------------------
 
@@ -247,7 +254,7 @@ def test_of_responses_the_last_ones_are_remembered() -> None:
 async def test_models_that_are_not_there_are_counted_nowhere(folder: Path) -> None:
     """Nor do clients that name themselves leave anything: what is kept of a request goes with it."""
     keys = Keys()
-    async with house(folder, {"name": "one", "source": "org/one"}, keys=keys) as at:
+    async with house(folder, ONE, keys=keys) as at:
         secret = json.loads((await at.operate("POST", "/keys", b'{"name":"k"}')).body)["key"]
         for number in range(30):
             body = b'{"model":"made-up-%d"}' % number
@@ -260,11 +267,108 @@ async def test_models_that_are_not_there_are_counted_nowhere(folder: Path) -> No
         assert json.loads((await at.operate("GET", "/keys/usage")).body)["usage"] == []
 
 
+# ---- bodies ---------------------------------------------------------------------------------------------------------------------
+
+LARGE = b'{"model":"one"' + b" " * (700 * KIB) + b"}"
+SMALL = b'{"model":"one"}'
+
+
+@pytest.mark.asyncio
+async def test_one_body_too_many_is_a_503_that_says_when_to_come_back(folder: Path) -> None:
+    async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as first:
+        await first.request(CHAT, LARGE)
+        asked = await at.upstream.request()
+        answer = await at.post(CHAT, LARGE)
+        assert (answer.status, answer.error["code"], answer.header(b"retry-after")) == (503, "busy", b"2")
+        assert "(requests.max_bodies)" in answer.error["message"]
+        await asked.answer(200, b"{}")
+        assert (await first.answer()).status == 200
+        await first.request(CHAT, LARGE)  # there is room again
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await first.answer()).status == 200
+
+
+@pytest.mark.asyncio
+async def test_large_bodies_keep_no_small_one_out(folder: Path) -> None:
+    async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as large, at.client() as small:
+        await large.request(CHAT, LARGE)
+        await at.upstream.request()
+        await small.request(CHAT, SMALL)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await small.answer()).status == 200
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_is_declared_and_not_sent_holds_nothing(folder: Path) -> None:
+    async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as silent, at.client() as other:
+        await silent.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (1000 * KIB))
+        await other.request(CHAT, LARGE)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await other.answer()).status == 200
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_takes_its_body_along(folder: Path) -> None:
+    async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as first, at.client() as other:
+        await first.request(CHAT, LARGE)
+        asked = await at.upstream.request()
+        first.leave()
+        await asked.left()
+        await at.until_counts("one", 0, 0)
+        await other.request(CHAT, LARGE)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await other.answer()).status == 200
+
+
+@pytest.mark.asyncio
+async def test_one_that_is_larger_than_all_may_be_is_taken_while_there_is_no_other(folder: Path) -> None:
+    async with house(folder, ONE, max_bodies_bytes=100 * KIB) as at, at.client() as client:
+        await client.request(CHAT, LARGE)
+        await (await at.upstream.request()).answer(200, b"{}")
+        assert (await client.answer()).status == 200
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 300), max_size=4), st.booleans(), st.booleans()), max_size=10))
+def test_what_is_held_is_what_came_and_no_more_than_may_be(requests: list[tuple[list[int], bool, bool]]) -> None:
+    """Of each its parts in KiB, whether it declares them, and whether its client leaves before the end."""
+    bodies, held = Bodies(700 * KIB, 1500 * KIB), list[int]()
+    with contextlib.ExitStack() as served:
+        for parts, declares, leaves in requests:
+            size, before = sum(parts) * KIB, sum(held)
+            with contextlib.ExitStack() as this:
+                hold = this.enter_context(bodies.hold(coming(parts, leaves)))
+                try:
+                    body = asyncio.run(hold.read({b"content-length": b"%d" % size} if declares else {}))
+                except BodyTooLarge:
+                    assert size > 700 * KIB
+                except ModelUnavailable:
+                    assert size > 64 * KIB
+                    assert before > 1500 * KIB - size
+                else:
+                    assert body == (None if leaves else bytes(size))
+                    if not leaves:
+                        held.append(size if size > 64 * KIB else 0)
+                        served.enter_context(this.pop_all())
+            assert bodies.held_bytes == sum(held) <= 1500 * KIB
+    assert bodies.held_bytes == 0
+
+
+def coming(parts: list[int], leaves: bool) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": bytes(size * KIB), "more_body": True} for size in parts]
+    messages.append({"type": "http.disconnect"} if leaves else {"type": "http.request", "body": b""})
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    return receive
+
+
 @pytest.mark.asyncio
 async def test_a_name_of_megabytes_is_refused_at_once_and_in_few_words(folder: Path) -> None:
     """The nearest name that there is is looked for among short ones only: of this one it would take minutes."""
     name = b"a" * (1 << 22) + b"b" * (1 << 22)
-    async with house(folder, {"name": "one", "source": "org/one"}, max_body_bytes=64 << 20) as at:
+    async with house(folder, ONE, max_body_bytes=64 << 20) as at:
         began = time.monotonic()
         answer = await at.post("/v1/completions", b'{"model":"%b"}' % name)
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
