@@ -174,7 +174,11 @@ async def _run(
         return [found.shown() for found in doctor.examine(reload.now, lambda: readings, gpu_source == "simulated")]
 
     reload = Reload(config, files, registry, loop, heed)
-    keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, reload.check, ending.begin_again, look)
+
+    async def may_start() -> None:
+        await asyncio.to_thread(premises.check, await reload.read())
+
+    keys_api, daemon_api = KeysApi(ledger, registry.resolve, front.widen), DaemonApi(reload, may_start, ending.begin_again, look)
     through = Through(proxy, registry.resolve, loop)
     engine_metrics = EngineMetrics(upstreams, lambda: loop.view)
     metrics = Metrics(

@@ -4,6 +4,7 @@ All that can be wrong with them is said before anything runs: StartupError, with
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -25,6 +26,7 @@ from orchestrator.settings import Settings
 log = logging.getLogger("orchestrator")
 
 FILES = 65536  # as the service unit allows
+ROOM_BYTES = 128 << 10  # for the files that SQLite makes beside the state, and removes at an orderly end
 
 
 @contextlib.asynccontextmanager
@@ -32,12 +34,7 @@ async def house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.soc
     """The folders, ours alone, the operators' socket and the state."""
     with contextlib.ExitStack() as held:
         os.umask(0o022)
-        for folder, mode in (
-            (config.state_dir, 0o750),
-            (config.runtime_dir, 0o755),
-            (config.runtime_dir / "engines", 0o700),
-            (config.logs_dir, 0o750),
-        ):
+        for folder, mode in _folders(config):
             _make(folder, mode)
         os.umask(0o077)  # also what engines make, their segments in /dev/shm and what they download, is this user's alone
         held.enter_context(_lock(config.state_dir))
@@ -49,6 +46,13 @@ async def house(config: Settings) -> AsyncIterator[tuple[SqliteStore, socket.soc
             yield store, admin
         finally:
             await store.close()
+
+
+def check(config: Settings) -> None:
+    """Raises StartupError where a daemon that ends in order could not start again: a disk is full, a folder's rights are others now."""
+    for folder, _ in _folders(config):
+        if folder.is_dir():
+            _probe(folder, ROOM_BYTES)
 
 
 def gpus(config: Settings) -> tuple[Gpus, str]:
@@ -94,16 +98,37 @@ def allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _folders(config: Settings) -> tuple[tuple[Path, int], ...]:
+    return (
+        (config.state_dir, 0o750),
+        (config.runtime_dir, 0o755),
+        (config.runtime_dir / "engines", 0o700),
+        (config.logs_dir, 0o750),
+    )
+
+
 def _make(folder: Path, mode: int) -> None:
     try:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        raise StartupError(
-            f"{folder}: {error.strerror}: make it writable for this user, or choose another one under dirs in the config"
-        ) from None
+        raise _unusable(folder, error) from None
+    _probe(folder, 0)  # one that crashed on a full disk starts with the files that it left
+
+
+def _probe(folder: Path, size_bytes: int) -> None:
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        try:
+            probe.write_bytes(bytes(size_bytes))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: Path, error: OSError) -> StartupError:
+    mend = "free space on its disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable for this user"
+    return StartupError(f"{folder}: {error.strerror}: {mend}, or choose another one under dirs in the config")
 
 
 @contextlib.contextmanager

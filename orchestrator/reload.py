@@ -55,9 +55,9 @@ class Reload:
             finally:
                 systemd.notify("READY=1")
 
-    async def check(self) -> None:
-        """Raises ConfigError where the daemon could not be started with the files as they are now."""
-        await asyncio.to_thread(config_errors.load, self._files, os.environ)
+    async def read(self) -> Settings:
+        """The files as they are now. Raises ConfigError where the daemon could not be started with them."""
+        return await asyncio.to_thread(config_errors.load, self._files, os.environ)
 
     async def _reload(self) -> dict[str, Any]:
         config, source = await asyncio.to_thread(config_errors.read, self._files, os.environ)

@@ -6,11 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Query
 
-from orchestrator.errors import ConfigError, SpecError
+from orchestrator.errors import ConfigError, SpecError, StartupError, StoreError
 
 
 class DaemonApi:
-    """`reload` and `check` raise ConfigError; `restart` is told whether the engines are kept, and returns at once; `examine` blocks."""
+    """`reload` and `check` raise ConfigError, `check` StartupError, too; `restart` is told whether the engines are kept, and returns at
+    once; `examine` blocks."""
 
     def __init__(
         self,
@@ -38,11 +39,13 @@ class DaemonApi:
             raise _refused(error) from None
 
     async def restart(self, keep_engines: bool = Query(False)) -> dict[str, Any]:
-        """A daemon that its own files would not let start again goes on as it is."""
+        """A daemon that its own files or folders would not let start again goes on as it is."""
         try:
             await self._check()
         except ConfigError as error:
             raise _refused(error) from None
+        except StartupError as error:
+            raise StoreError(f"{error}; nothing was restarted") from None
         self._restart(keep_engines)
         return {"keep_engines": keep_engines}
 

@@ -88,6 +88,10 @@ def test_on_a_full_disk_changes_are_refused_with_the_mend_and_all_else_goes_on(f
                 assert f"{disk}/state.db" in error["message"]
                 assert "free space" in error["message"] or "`df`" in error["message"]
             assert daemon.refusal("DELETE", f"/models/{daemon.name('before')}")[0] == 503
+            status, error = daemon.refusal("POST", "/restart?keep_engines=true")
+            assert (status, error["code"]) == (503, "state_not_writable")
+            assert error["message"].startswith(f"{disk}: No space left on device: free space on its disk")
+            assert error["message"].endswith("nothing was restarted")
             assert names(daemon) == {name, daemon.name("before")}
             assert stream.whole()
             for verb, state in (("sleep", "asleep"), ("wake", "ready")) * 3:  # each an event
@@ -99,6 +103,11 @@ def test_on_a_full_disk_changes_are_refused_with_the_mend_and_all_else_goes_on(f
             filler.unlink()
             daemon.post("/models?start=false", given(daemon, "after"))
             assert "state.db is written again" in daemon.log.read_text()
+            fill(disk)
+            daemon.kill()
+            daemon.start()  # with the files that it left
+            assert client(daemon).completions.create(model=name, prompt="x", max_tokens=3).choices[0].finish_reason == "length"
+            filler.unlink()
             kinds = [event["kind"] for event in daemon.get(f"/events?model={name}&tail=1000")["events"]]
             assert kinds.count("sleep") == 3, "events of that time were lost"
             daemon.kill()
