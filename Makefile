@@ -57,10 +57,11 @@ test-gpu: venv  ## the tests marked gpu, on a GPU box: real vLLM at ENGINE, serv
 	ENGINE_PYTHON=$(ENGINE)/bin/python ENGINE_MODEL=$(MODEL) $(BIN)/python -m pytest -m gpu tests/contract
 
 engine:  ## the engines' own venv at ENGINE=PREFIX/engine: vLLM, then kvcached built against its torch
+	$(PYTHON) packaging/build_kvcached.py --check
 	$(PYTHON) -m venv $(ENGINE)
 	$(ENGINE)/bin/python -m pip install --upgrade pip setuptools wheel
 	$(ENGINE)/bin/python -m pip install $$($(PYTHON) packaging/engine_pins.py vllm)
-	$(ENGINE)/bin/python -m pip install --no-build-isolation $$($(PYTHON) packaging/engine_pins.py kvcached)
+	$(ENGINE)/bin/python packaging/build_kvcached.py $$($(PYTHON) packaging/engine_pins.py kvcached)
 	$(ENGINE)/bin/python -c 'import torch, vllm, kvcached; print("vllm", vllm.__version__, "torch", torch.__version__)'
 
 install:  ## the daemon as a systemd service, in PREFIX=/opt/orchestrator (DESTDIR= stages it); again: an upgrade
