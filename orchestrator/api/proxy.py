@@ -80,12 +80,14 @@ class Proxy:
 
     def direct(self, connection: Connection, body: bytes) -> Exchange | None:
         """The request as one that need not wait, if it need not; the same as __call__ otherwise. None: nothing was done or counted."""
+        if len(body) > self._bodies.small_bytes:  # it counts
+            return None
         try:
             route, headers = DIRECT[connection.url], dict(connection.headers)
             caller = asking.caller_of(self._keys, cast(Scope, connection.scope), headers)
             wanted = asking.read(route, headers, body, caller)
             model = caller.resolve(self._resolve, wanted.model)
-            if wanted.progress or len(body) > self._bodies.small_bytes or not self._traffic.takes(model, wanted.ask):
+            if wanted.progress or not self._traffic.takes(model, wanted.ask):
                 return None
             caller.enter(model)
         except OrchestratorError:  # the way of ASGI says it
