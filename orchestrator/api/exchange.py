@@ -85,10 +85,12 @@ class Exchange:
         if task.cancelled():
             return
         error = task.exception()
-        if error is None:
-            self._ask(task.result())
-        else:
+        if error is not None:
             self._refuse(error)
+        elif self.response_complete:  # its client left in the very turn of the loop in which it was connected
+            task.result().release()
+        else:
+            self._ask(task.result())
 
     def _ask(self, answer: Answer) -> None:
         self._answer, peer = answer, self._connection.peer

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,30 @@ async def test_what_need_not_wait_goes_directly(folder: Path, asked: list[str]) 
             await at.until_counts(0, 0)
         assert asked == []
         assert at.upstream.connections == 1
+
+
+async def test_a_client_that_leaves_in_the_turn_of_the_connect_asks_the_engine_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves: list[Callable[[], None]] = []
+    begin, connect = exchange.Exchange.begin, upstream.Upstream.connect
+
+    def noted(self: exchange.Exchange) -> None:
+        leaves.append(self._connection.peer.left)
+        begin(self)
+
+    async def then_left(self: upstream.Upstream) -> upstream.Answer:
+        answer = await connect(self)
+        asyncio.get_running_loop().call_soon(leaves.pop())  # after this task is done, and before anybody hears of that
+        return answer
+
+    monkeypatch.setattr(exchange.Exchange, "begin", noted)
+    monkeypatch.setattr(upstream.Upstream, "connect", then_left)
+    async with opened(folder) as at, at.client() as client:
+        await client.request(CHAT, BODY)
+        await eventually(lambda: at.upstream.connections == 1 and at.upstream.open == 0, "its connection to the engine is closed")
+        assert at.upstream.arrived.empty()
+        await at.until_counts(0, 0)
 
 
 @pytest.mark.parametrize("request_", [whole(CHAT, BODY), whole(CHAT + "?a=b", BODY)], ids=["direct", "asgi"])

@@ -74,6 +74,11 @@ class Upstream:
     async def request(self) -> Exchange:
         return await asyncio.wait_for(self.arrived.get(), DEADLINE_S)
 
+    @property
+    def open(self) -> int:
+        """Connections that are there now."""
+        return len(self._serving)
+
     def untouched(self) -> bool:
         return self.arrived.empty() and self.connections == 0
 
