@@ -16,8 +16,8 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from bench import parts, results
-from bench.box import Box
+from bench import results
+from bench.box import SIMULATED_CARD, Box
 from bench.demo import QWEN, SHAPES
 from bench.folders import of_shape
 from bench.workloads import Answer, ask, client
@@ -72,7 +72,7 @@ def _settings(names: Sequence[str], source: Path) -> dict[str, str]:
     spec = {"source": str(source), "preload": True, "pinned": True}
     return {
         "ORCH_LISTEN__PORT": str(port),
-        **parts.SIMULATED_CARD,
+        **SIMULATED_CARD,
         "ORCH_MODELS": json.dumps(dict.fromkeys(names, spec)),
         "SIM_LOAD_S": "0",
     }

@@ -24,6 +24,7 @@ from orchestrator.cli.exits import CliError
 from orchestrator.cli.target import Target
 
 ROOT = Path(__file__).parents[1]
+SIMULATED_CARD = {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
 START_S, STOP_S, CTL_S = 30.0, 60.0, 300.0
 SAMPLE_S = 0.2
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.chaos_asking import Ask, Fate, ask
-from bench.chaos_daemon import Daemon
-from bench.chaos_http import Broken, Connection, call
+from bench.chaos.asking import Ask, Fate, ask
+from bench.chaos.daemon import Daemon
+from bench.chaos.http import Broken, Connection, call
 
 MINUTES = 64.0
 WARM_UP = 0.5  # the share that is not counted: the page's memory of each GPU fills for half an hour (control/history.py)

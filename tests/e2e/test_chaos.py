@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from bench.chaos_asking import Ask, Fate
-from bench.chaos_book import Book, Entry, Span
-from bench.chaos_daemon_faults import RELOADS
-from bench.chaos_run import one
-from bench.chaos_schedule import FAULTS, drawn
+from bench.chaos.asking import Ask, Fate
+from bench.chaos.book import Book, Entry, Span
+from bench.chaos.daemon_faults import RELOADS
+from bench.chaos.run import one
+from bench.chaos.schedule import FAULTS, drawn
 
 ASK = Ask("m", chat=False, stream=True, prompt_tokens=1, max_tokens=1)
 

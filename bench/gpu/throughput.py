@@ -17,7 +17,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from bench.scene import EAGER, Part, Scene, wait
+from bench.gpu.scene import EAGER, Part, Scene, wait
 from bench.workloads import at_most, client, engine_client
 from orchestrator.drivers.vllm import EngineVenv
 from orchestrator.experiments.asker import Asker

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.chaos_asking import Ask, ask
-from bench.chaos_book import Book, Entry, Span
-from bench.chaos_commands import ADDED, SHARED, Operator
-from bench.chaos_daemon import Daemon
-from bench.chaos_faults import Faults
-from bench.chaos_http import Broken, Connection, call
-from bench.chaos_schedule import GAP_S, Step, drawn
-from bench.chaos_watch import Watch
+from bench.chaos.asking import Ask, ask
+from bench.chaos.book import Book, Entry, Span
+from bench.chaos.commands import ADDED, SHARED, Operator
+from bench.chaos.daemon import Daemon
+from bench.chaos.faults import Faults
+from bench.chaos.http import Broken, Connection, call
+from bench.chaos.schedule import GAP_S, Step, drawn
+from bench.chaos.watch import Watch
 from bench.foreign import Foreign, on_simulated
 
 CLIENTS, PAUSE_S = 6, 0.2

@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.chaos_book import Book
-from bench.chaos_commands import Operator
-from bench.chaos_daemon import Daemon, session
-from bench.chaos_daemon_faults import DaemonFaults, Engine
-from bench.chaos_http import Broken, call
-from bench.chaos_schedule import Step
+from bench.chaos.book import Book
+from bench.chaos.commands import Operator
+from bench.chaos.daemon import Daemon, session
+from bench.chaos.daemon_faults import DaemonFaults, Engine
+from bench.chaos.http import Broken, call
+from bench.chaos.schedule import Step
 from bench.foreign import Foreign, ForeignError
 
 MIB = 2**20

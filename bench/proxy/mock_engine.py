@@ -1,6 +1,6 @@
 """An engine that costs next to nothing: raw asyncio on a socket, answers made beforehand. What a proxy in front of it costs is its own.
 
-    python -m bench.mock_engine (--uds PATH | --port N) [--model NAME]
+    python -m bench.proxy.mock_engine (--uds PATH | --port N) [--model NAME]
 
 A POST whose body says `"stream":true` gets CHUNKS events of 215 bytes, the first at once and then one every PAUSE_S; any other a
 completion of 2 KB. GETs are for the probes of a daemon: /v1/models names the model, all else is an empty object. A body
@@ -118,7 +118,7 @@ async def serve(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.mock_engine", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.proxy.mock_engine", description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--uds")
     where.add_argument("--port", type=int)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 from bench import results
 from bench.demo import QWEN
 from bench.folders import of_shape
-
-SIMULATED_CARD = {"ORCH_GPUS__SOURCE": "simulated", "ORCH_GPUS__SIMULATED": json.dumps({"count": 1, "memory": "140GiB"})}
 
 
 def parser(name: str, about: str | None, parts: Collection[str], limit_s: float, models: str) -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from bench.rig import Rig, first_token, launch_server, mib, register, tell, wait_s
-from bench.scene import Part, Scene, wait
+from bench.gpu.rig import Rig, first_token, launch_server, mib, register, tell, wait_s
+from bench.gpu.scene import Part, Scene, wait
 
 WARM_RUNS = 5
 EXEC_RUNS = 2

@@ -27,7 +27,7 @@ AFTER_ERROR_S = 0.2  # a daemon that refuses at once is not to be asked ten thou
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.closed_loop", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.closed_loop", description=__doc__)
     parser.add_argument("--url", required=True)
     parser.add_argument("--clients", type=int, default=24, help="for each model")
     parser.add_argument("--scale", type=float, default=1.0, help="of prompts and answers")
@@ -85,7 +85,7 @@ class Load:
 
     def __init__(self, url: str, models: Sequence[str], clients: int, scale: float) -> None:
         options = ["--url", url, "--clients", str(clients), "--scale", str(scale)]
-        self._command = [sys.executable, "-m", "bench.closed_loop", *options, *models]
+        self._command = [sys.executable, "-m", "bench.gpu.closed_loop", *options, *models]
         self.said: dict[str, Any] = {}
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.chaos_http import Broken, Connection
+from bench.chaos.http import Broken, Connection
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from bench import results
 from bench.box import ROOT
-from bench.rivals import MODEL, OTHER_CORE, Arm, Engines, Start, folder, found
+from bench.proxy.rivals import MODEL, OTHER_CORE, Arm, Engines, Start, folder, found
 
 PLAIN_S, WARM_S = 4.0, 1.0
 TOGETHER = (1, 64)
@@ -135,7 +135,7 @@ def _load(arm: Arm, *words: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _loading(arm: Arm, *words: str) -> Any:
     headers = [word for header in arm.headers for word in ("--header", header)]
-    command = ["taskset", "-c", OTHER_CORE, sys.executable, "-m", "bench.proxy_load", "--port", str(arm.port), "--model", MODEL]
+    command = ["taskset", "-c", OTHER_CORE, sys.executable, "-m", "bench.proxy.load", "--port", str(arm.port), "--model", MODEL]
     process = subprocess.Popen([*command, *words, *headers], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process

@@ -9,9 +9,9 @@ import random
 import time
 from typing import Any
 
-from bench.chaos_book import Book, Entry, Span
-from bench.chaos_daemon import Daemon
-from bench.chaos_http import Broken, call
+from bench.chaos.book import Book, Entry, Span
+from bench.chaos.daemon import Daemon
+from bench.chaos.http import Broken, call
 
 PAUSE_S = 0.7
 ANSWER_S = 40.0  # a held daemon is held for 7 s

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from bench import churn_traffic, leftovers, plots
-from bench.churn_traffic import DEADLINE_S, Fate
-from bench.rig import NAME, LogWatch, Rig, calls, launch_server, mib, register, remove
-from bench.scene import GIB, Part, Scene
+from bench import plots
+from bench.gpu import churn_traffic, leftovers
+from bench.gpu.churn_traffic import DEADLINE_S, Fate
+from bench.gpu.rig import NAME, LogWatch, Rig, calls, launch_server, mib, register, remove
+from bench.gpu.scene import GIB, Part, Scene
 
 LETTERS = "abcdefghijklmnop"
 SHARES = (6, 6, 4)  # of the sixteen: so many of the first, second, third folder

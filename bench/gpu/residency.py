@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import churn, cold, leftovers, parts, results, wakes
+from bench import results
 from bench.demo import SHAPES
-from bench.rig import NAME, Rig
-from bench.scene import Part
+from bench.gpu import churn, cold, leftovers, parts, wakes
+from bench.gpu.rig import NAME, Rig
+from bench.gpu.scene import Part
 
 LARGE: dict[str, Any] = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
                             "intermediate_size": 18944, "tie_word_embeddings": False}  # fmt: skip

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench import parts
-from bench.box import Box
+from bench.box import SIMULATED_CARD, Box
 from bench.foreign import Foreign, on_gpu, on_simulated
-from bench.scene import MIB, OOM_WORDS, Scene, wait
+from bench.gpu.scene import MIB, OOM_WORDS, Scene, wait
 from bench.workloads import Answer, ask, client
 from orchestrator.cli.client import Client, model_path
 from orchestrator.cli.exits import CliError
@@ -104,7 +103,7 @@ class Rig:
         env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "info"}
         if options.simulated:
             engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5" if forking else "2.0", "SIM_STEP_S": "0.02"}}
-            env |= parts.SIMULATED_CARD
+            env |= SIMULATED_CARD
             env |= {"ORCH_MEMORY__SLEEPERS": "64GiB"}  # half of the host that this is measured on
         engine |= {"args": ["--load-format", "dummy"], "launch_server": forking}
         return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}

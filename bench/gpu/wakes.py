@@ -6,8 +6,8 @@ And what sleep gives back: on the GPU by NVML, and what it takes of the host's m
 import statistics
 import time
 
-from bench.rig import Rig, available_bytes, first_token, launch_server, mib, register, tell, wait_s
-from bench.scene import MIB, Part, Scene, wait
+from bench.gpu.rig import Rig, available_bytes, first_token, launch_server, mib, register, tell, wait_s
+from bench.gpu.scene import MIB, Part, Scene, wait
 
 ROUNDS = 6  # of sleep and wake; the first sleep pins host memory: 11 to 20 s for 15 GB (H200)
 ANSWER_S = 170.0

@@ -58,7 +58,7 @@ class Engines:
 
 @contextmanager
 def mock(*where: str) -> Iterator[None]:
-    command = ["taskset", "-c", OTHER_CORE, sys.executable, "-m", "bench.mock_engine", "--model", MODEL, *where]
+    command = ["taskset", "-c", OTHER_CORE, sys.executable, "-m", "bench.proxy.mock_engine", "--model", MODEL, *where]
     with _process(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         if not process.stdout.readline():

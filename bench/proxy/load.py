@@ -1,6 +1,6 @@
 """A client that costs little, for measuring what is between it and an engine: raw asyncio on TCP, keep-alive, one JSON object as result.
 
-    python -m bench.proxy_load --port N --model NAME (--plain SECONDS --connections C | --streams S --rounds R | --stalled S)
+    python -m bench.proxy.load --port N --model NAME (--plain SECONDS --connections C | --streams S --rounds R | --stalled S)
 
 `--stalled`: streams whose client does not read at all, until this is ended. Otherwise every byte that comes back is looked at: a plain
 answer must be whole, a stream must hold each of its chunks once and in order.
@@ -159,7 +159,7 @@ async def _stall(request: bytes, options: argparse.Namespace) -> dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.proxy_load", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.proxy.load", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--path", default="/v1/completions")
     parser.add_argument("--model", default="mock")

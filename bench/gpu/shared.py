@@ -15,10 +15,11 @@ from typing import Any
 
 import psutil
 
-from bench import parts, results
-from bench.box import ROOT, Box
+from bench import results
+from bench.box import ROOT, SIMULATED_CARD, Box
 from bench.demo import SHAPES
-from bench.scene import MIB, wait
+from bench.gpu import parts
+from bench.gpu.scene import MIB, wait
 
 KINDS = {"single": 1, "shared": 2}  # and how many models each takes
 # Prompts of a size that takes several page bundles of a small model's KV; single twice, in turns with its rival: a host's speed drifts.
@@ -78,7 +79,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}, "args": args}
-        env |= parts.SIMULATED_CARD
+        env |= SIMULATED_CARD
     return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 

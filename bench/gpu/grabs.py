@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from bench import plots
 from bench.card import Row, Watch, write_rows
-from bench.closed_loop import Load
 from bench.foreign import Foreign
+from bench.gpu.closed_loop import Load
+from bench.gpu.scene import GIB, Part, Scene, wait
 from bench.results import percentile
-from bench.scene import GIB, Part, Scene, wait
 
 WARM_S = 8.0  # until the clients' first answers are there and the limits lie where they will
 FIT_S = 5.0  # limits that do not fit by then are a failure, and count as this

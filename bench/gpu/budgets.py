@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import grabs, parts, plots, results, throughput, wedge
-from bench.box import Box
+from bench import plots, results
+from bench.box import SIMULATED_CARD, Box
 from bench.demo import SHAPES
 from bench.folders import of_unknown_length
-from bench.scene import MIB, Part, Scene
+from bench.gpu import grabs, parts, throughput, wedge
+from bench.gpu.scene import MIB, Part, Scene
 from bench.workloads import at_most, client
 
 BURST = (48, 3000, 128)  # requests, prompt tokens, answer tokens
@@ -116,7 +117,7 @@ def _settings(options: argparse.Namespace, args: list[str]) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.02"}, "args": args}
-        env |= parts.SIMULATED_CARD
+        env |= SIMULATED_CARD
     return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 

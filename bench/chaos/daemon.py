@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.box import ROOT
-from bench.chaos_http import Broken, call
+from bench.chaos.http import Broken, call
 from bench.demo import QWEN
 from bench.folders import of_shape
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import psutil
 
-from bench import leftovers, parts, results
-from bench.box import Box
+from bench import results
+from bench.box import SIMULATED_CARD, Box
 from bench.demo import SHAPES
-from bench.rig import mib
-from bench.scene import EAGER, MIB, Scene, wait
+from bench.gpu import leftovers, parts
+from bench.gpu.rig import mib
+from bench.gpu.scene import EAGER, MIB, Scene, wait
 from bench.workloads import Answer, ask, client
 from orchestrator.drivers import kvcached
 
@@ -150,7 +151,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     env = {"ORCH_GPUS__SOURCE": "nvml"}
     if options.simulated:
         engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}}
-        env = dict(parts.SIMULATED_CARD)
+        env = dict(SIMULATED_CARD)
     engine |= {"args": ["--load-format", "dummy"], "launch_server": True}
     return {**env, "ORCH_LISTEN__PORT": str(port), "ORCH_ENGINES": json.dumps({"default": engine})}
 

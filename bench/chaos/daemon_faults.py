@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.chaos_book import Book, Entry, Span
-from bench.chaos_commands import Operator
-from bench.chaos_daemon import Daemon, session
-from bench.chaos_http import Broken, call
-from bench.chaos_schedule import Step
+from bench.chaos.book import Book, Entry, Span
+from bench.chaos.commands import Operator
+from bench.chaos.daemon import Daemon, session
+from bench.chaos.http import Broken, call
+from bench.chaos.schedule import Step
 
 BAD_FILES = ('{"modles": {}}', "models: [", '{"models": {"x": {"sauce": "y"}}}', '{"loop": {"interval": "often"}}')
 RELOAD_TRIES = 20  # a disk is full for 6 s at most

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.chaos_book import Book
-from bench.chaos_daemon import Daemon
-from bench.chaos_http import Broken
+from bench.chaos.book import Book
+from bench.chaos.daemon import Daemon
+from bench.chaos.http import Broken
 
 LOOK_S, ASK_S = 0.25, 1.0
 PATIENCE_S = 6.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 
 from bench.foreign import Foreign
-from bench.scene import GIB, Part, Scene, wait
+from bench.gpu.scene import GIB, Part, Scene, wait
 from bench.workloads import Answer, ask, client
 from orchestrator.cli.exits import CliError
 

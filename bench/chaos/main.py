@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.chaos_daemon_faults import RELOADS
-from bench.chaos_run import Outcome, one
-from bench.chaos_schedule import FAULTS, GAP_S
+from bench.chaos.daemon_faults import RELOADS
+from bench.chaos.run import Outcome, one
+from bench.chaos.schedule import FAULTS, GAP_S
 
 MINUTES = 2.0
 

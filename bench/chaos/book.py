@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.chaos_asking import Fate
+from bench.chaos.asking import Fate
 
 REACH_S = 20.0  # an engine that was hurt is found, ended, and its successor ready within this long
 GRACE_S = 1.0  # of clocks and of what is under way
