@@ -26,7 +26,6 @@ from bench.workloads import at_most, client
 BURST = (48, 3000, 128)  # requests, prompt tokens, answer tokens
 IDLE_S, STILL_S = 40.0, 15.0  # wait for an idle engine at most so long, and until it has not shrunk for so long
 SUMS = ("failed_requests", "dead_engines")  # over all parts
-LENGTH = "32768"  # tokens: --max-model-len of every engine
 
 
 def idle(scene: Scene, budget_s: float) -> Part:
@@ -93,7 +92,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     for name, folder in list(models.items()):  # three engines at least: the first shape again under another name
         if len(models) < 3:
             models[f"{name}-again"] = folder
-    args = ["--load-format", "dummy", "--max-model-len", LENGTH]
+    args = ["--load-format", "dummy"]
     whole = Part(notes={"parts": {}, "models": models, "simulated": options.simulated})
     with Box(_settings(options, args), log=options.out / "gpu-budgets.daemon.log") as box:
         scene = Scene(box, options, models, args)

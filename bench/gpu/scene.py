@@ -15,6 +15,7 @@ from bench.card import Watch, free_reader
 from bench.foreign import Foreign, on_gpu, on_simulated
 
 MIB, GIB = 1 << 20, 1 << 30
+BOUNDED = ("--max-model-len", "32768")
 EAGER = ("--enforce-eager",)  # without CUDA graphs an engine starts in a tenth of the time
 OOM_WORDS = ("out of memory", "outofmemory", "cuda error")
 
@@ -72,7 +73,7 @@ class Scene:
         self.marks.append((self.box.now_s(), what))
         self.say(what)
 
-    def up(self, names: Sequence[str], more: Mapping[str, str] | None = None, own: Sequence[str] = EAGER) -> None:
+    def up(self, names: Sequence[str], more: Mapping[str, str] | None = None, own: Sequence[str] = (*EAGER, *BOUNDED)) -> None:
         """Has these models ready, and adds those that are not there. `more`: folders of models that only one part needs; `own`: vLLM's
         arguments besides those of every engine."""
         folders = {**self.models, **(more or {})}

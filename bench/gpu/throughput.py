@@ -17,7 +17,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from bench.gpu.scene import EAGER, Part, Scene, wait
+from bench.gpu.scene import BOUNDED, EAGER, Part, Scene, wait
 from bench.workloads import at_most, client, engine_client
 from orchestrator.drivers.vllm import EngineVenv
 from orchestrator.experiments.asker import Asker
@@ -33,7 +33,7 @@ ROUNDS = 8  # of each, in turns: single rounds differ by a tenth
 def run(scene: Scene, budget_s: float) -> Part:
     chosen = scene.options.throughput_model
     name, folder = chosen or next(iter(scene.models.items()))
-    own = () if chosen else EAGER
+    own = BOUNDED if chosen else (*EAGER, *BOUNDED)
     scene.up([name], {name: folder}, own)
     part = Part(
         notes={

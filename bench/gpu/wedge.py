@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 
 from bench.foreign import Foreign
-from bench.gpu.scene import GIB, Part, Scene, wait
+from bench.gpu.scene import EAGER, GIB, Part, Scene, wait
 from bench.workloads import Answer, ask, client
 from orchestrator.cli.exits import CliError
 
@@ -25,7 +25,7 @@ LEAVE = 0.015  # of the card: less than the 2 % that kvcached leaves alone, so i
 
 
 def run(scene: Scene, budget_s: float) -> Part:
-    scene.up([NAME], {NAME: str(scene.options.wedge_folder)})
+    scene.up([NAME], {NAME: str(scene.options.wedge_folder)}, EAGER)
     began = time.monotonic()
     part, launches = Part(), scene.launches()
     _rounds(scene, part, "ceiling", "wedge_s", began + budget_s / 2, lambda salt: _by_ceiling(scene, salt))
