@@ -459,6 +459,18 @@ def test_a_hanging_core_looks_healthy(launch: Launch) -> None:
     assert finished(status).status == 200
 
 
+def test_a_core_hangs_at_once_also_where_a_step_is_due(launch: Launch) -> None:
+    engine = launch(SIM_STEP_S="0").ready()  # one is always due
+    request = engine.start(1, 7000)
+    eventually(lambda: engine.metric("generation_tokens_total") > 0, "it runs")
+    engine.post("/sim/fault", {"set": "hang_after:0"})
+    made = engine.metric("generation_tokens_total")
+    assert 0 < made < 7000
+    assert holds(lambda: engine.metric("generation_tokens_total") == made)
+    engine.post("/sim/fault", {"set": ""})
+    assert finished(request).json["usage"]["completion_tokens"] == 7000
+
+
 def test_other_faults(launch: Launch) -> None:
     engine = launch(SIM_FAULT="error_500").ready()
     assert engine.complete().status == 500

@@ -166,7 +166,7 @@ class EngineCore:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._sprung("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)
-        self._hung = self._sprung("hang_after")
+        self._hung = self._hung or self._sprung("hang_after")  # a fault that was set since this step was due
         if self._hung or self._faults.get("stall_after") == 0 or self._sprung("stall_after"):
             return
         self.scheduler.prefill_tokens = int(self._faults.get("prefill_chunk", 0))
