@@ -7,7 +7,6 @@ that fails is noted and the others go on; results are written after each.
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 import traceback
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, results
-from bench.box import SIMULATED_CARD, Box
+from bench.box import Box
 from bench.demo import SHAPES
 from bench.folders import of_unknown_length
 from bench.gpu import grabs, parts, throughput, wedge
@@ -94,7 +93,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
             models[f"{name}-again"] = folder
     args = ["--load-format", "dummy"]
     whole = Part(notes={"parts": {}, "models": models, "simulated": options.simulated})
-    with Box(_settings(options, args), log=options.out / "gpu-budgets.daemon.log") as box:
+    settings = parts.settings(options, args, 0.02) | {"ORCH_LOG__LEVEL": "debug"}
+    with Box(settings, log=options.out / "gpu-budgets.daemon.log") as box:
         scene = Scene(box, options, models, args)
         for name in options.parts:
             run, budget_s = PARTS[name]
@@ -109,15 +109,6 @@ def _run(options: argparse.Namespace, command: str) -> int:
         _picture(scene)
     print()
     return results.verdict(whole.figures, whole.passed, path)
-
-
-def _settings(options: argparse.Namespace, args: list[str]) -> dict[str, str]:
-    engine: dict[str, Any] = {"python": str(options.engine_python), "env": options.engine_env, "args": args}
-    env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
-    if options.simulated:
-        engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.02"}, "args": args}
-        env |= SIMULATED_CARD
-    return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 
 def _one(scene: Scene, whole: Part, name: str, run: Callable[[Scene, float], Part], budget_s: float) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.box import SIMULATED_CARD
 from bench.demo import QWEN
 from bench.folders import of_shape
 
@@ -55,3 +57,14 @@ def placed(options: argparse.Namespace, name: str, shapes: Mapping[str, Mapping[
         options.out = options.out or results.RESULTS
         options.out.mkdir(parents=True, exist_ok=True)
         yield Path(folder)
+
+
+def settings(options: argparse.Namespace, args: Sequence[str], step_s: float, load_s: float = 0.5, **engine: object) -> dict[str, str]:
+    """The daemon's: the card, and one venv whose engines all have vLLM's `args`; `engine`: more of that venv. `step_s`, `load_s`: of
+    simulated engines."""
+    if options.simulated:
+        engine |= {"kind": "simulated", "env": {"SIM_LOAD_S": str(load_s), "SIM_STEP_S": str(step_s)}}
+    else:
+        engine |= {"python": str(options.engine_python), "env": options.engine_env}
+    card = SIMULATED_CARD if options.simulated else {"ORCH_GPUS__SOURCE": "nvml"}
+    return {**card, "ORCH_ENGINES": json.dumps({"default": {**engine, "args": list(args)}})}

@@ -6,7 +6,6 @@ A time is that of a user: from the request to its first token. The two daemons a
 import argparse
 import asyncio
 import contextlib
-import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.box import SIMULATED_CARD, Box
+from bench.box import Box
 from bench.foreign import Foreign, on_gpu, on_simulated
+from bench.gpu import parts
 from bench.gpu.scene import MIB, OOM_WORDS, Scene, wait
 from bench.workloads import Answer, ask, client
 from orchestrator.cli.client import Client, model_path
@@ -98,15 +98,11 @@ class Rig:
                     kept.write("\n".join([f"==== {path.name}", *tail, ""]))
 
     def _settings(self, forking: bool) -> dict[str, str]:
-        options = self.options
-        engine: dict[str, Any] = {"python": str(options.engine_python), "env": options.engine_env}
-        env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "info"}
-        if options.simulated:
-            engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5" if forking else "2.0", "SIM_STEP_S": "0.02"}}
-            env |= SIMULATED_CARD
-            env |= {"ORCH_MEMORY__SLEEPERS": "64GiB"}  # half of the host that this is measured on
-        engine |= {"args": ["--load-format", "dummy"], "launch_server": forking}
-        return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
+        load_s = 0.5 if forking else 2.0
+        found = parts.settings(self.options, ["--load-format", "dummy"], 0.02, load_s, launch_server=forking) | {"ORCH_LOG__LEVEL": "info"}
+        if self.options.simulated:
+            found["ORCH_MEMORY__SLEEPERS"] = "64GiB"  # half of the host that this is measured on
+        return found
 
 
 # ---- what is done to models -------------------------------------------------------------------------------------------

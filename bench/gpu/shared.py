@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from bench import results
-from bench.box import ROOT, SIMULATED_CARD, Box
+from bench.box import ROOT, Box
 from bench.demo import SHAPES
 from bench.gpu import parts
 from bench.gpu.scene import MIB, wait
@@ -41,7 +41,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
     figures: dict[str, float] = {"models": len(options.model)}
     notes: dict[str, Any] = {"simulated": options.simulated, "models": dict(options.model)}
     passed: dict[str, bool] = {}
-    with Box(_settings(options), log=options.out / "gpu-shared.daemon.log", sampled=False) as box:
+    args = ["--load-format", "dummy", "--max-model-len", "8192"]
+    settings = parts.settings(options, args, 0.005) | {"ORCH_LOG__LEVEL": "debug"}
+    with Box(settings, log=options.out / "gpu-shared.daemon.log", sampled=False) as box:
         gpu = box.status()["gpus"][0]
         for name, folder in options.model:
             box.ctl("add-model", name, folder, "--no-start")
@@ -71,16 +73,6 @@ def _run(options: argparse.Namespace, command: str) -> int:
     packages = ("vllm", "kvcached", "torch")
     path = results.write("gpu-shared", command, figures, notes, str(gpu["name"]), packages, options.out)
     return results.verdict(figures, passed, path)
-
-
-def _settings(options: argparse.Namespace) -> dict[str, str]:
-    args = ["--load-format", "dummy", "--max-model-len", "8192"]
-    engine: dict[str, Any] = {"python": str(options.engine_python), "env": options.engine_env, "args": args}
-    env = {"ORCH_GPUS__SOURCE": "nvml", "ORCH_LOG__LEVEL": "debug"}
-    if options.simulated:
-        engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}, "args": args}
-        env |= SIMULATED_CARD
-    return {**env, "ORCH_ENGINES": json.dumps({"default": engine})}
 
 
 def _bench(box: Box, kind: str, names: Sequence[str], out: Path, left_s: float) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from threading import Event, Thread
-from typing import Any
 
 import psutil
 
 from bench import results
-from bench.box import SIMULATED_CARD, Box
+from bench.box import Box
 from bench.demo import SHAPES
 from bench.gpu import leftovers, parts
 from bench.gpu.rig import mib
@@ -147,13 +146,8 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     """A port that stays: clients come back to it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    engine: dict[str, Any] = {"python": str(options.engine_python), "env": options.engine_env}
-    env = {"ORCH_GPUS__SOURCE": "nvml"}
-    if options.simulated:
-        engine = {"kind": "simulated", "env": {"SIM_LOAD_S": "0.5", "SIM_STEP_S": "0.005"}}
-        env = dict(SIMULATED_CARD)
-    engine |= {"args": ["--load-format", "dummy"], "launch_server": True}
-    return {**env, "ORCH_LISTEN__PORT": str(port), "ORCH_ENGINES": json.dumps({"default": engine})}
+    args = ["--load-format", "dummy"]
+    return parts.settings(options, args, 0.005, launch_server=True) | {"ORCH_LISTEN__PORT": str(port)}
 
 
 def _one(scene: Scene, names: list[str], fault: str) -> Fate:
