@@ -216,10 +216,12 @@ async def _run(
     await loop.tick()  # a first look, so that whoever connects finds figures
     reconciling = asyncio.create_task(loop.run(), name="loop")
     serving = [asyncio.create_task(server.serve([sock]), name="server") for server, sock in servers]
-    tidying = asyncio.create_task(_tidy(loop, upstreams), name="tidy")
-    writing = asyncio.create_task(ledger.run(), name="usage")
-    capping = asyncio.create_task(_cap_logs(launcher, config.log.engine_max, registry.known), name="logs")
-    collecting = asyncio.create_task(garbage.collect(), name="garbage")
+    chores = [
+        asyncio.create_task(_tidy(loop, upstreams), name="tidy"),
+        asyncio.create_task(ledger.run(), name="usage"),
+        asyncio.create_task(_cap_logs(launcher, config.log.engine_max, registry.known), name="logs"),
+        asyncio.create_task(garbage.collect(), name="garbage"),
+    ]
     garbage.settle()
     log.info("serving %s, admin at %s, %s GPUs (%s), version %s", front.url, config.admin_socket, len(_seen(loop)), gpu_source, __version__)
     if front.is_narrow:
@@ -254,11 +256,8 @@ async def _run(
     for server, _ in servers:
         server.stop()
     await asyncio.gather(*serving)
-    reconciling.cancel()
-    tidying.cancel()
-    writing.cancel()
-    capping.cancel()
-    collecting.cancel()
+    for task in (reconciling, *chores):
+        task.cancel()
     await pulls.close()
     await ledger.close()
     upstreams.tidy(())
