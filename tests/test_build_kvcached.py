@@ -22,7 +22,7 @@ def build() -> ModuleType:
     return module
 
 
-def gcc(*words: str | Path, env: dict[str, str] | None = None) -> None:
+def linked(*words: str | Path, env: dict[str, str] | None = None) -> None:
     subprocess.run(["g++", "-shared", "-fPIC", *map(str, words)], check=True, env=env)
 
 
@@ -35,7 +35,7 @@ def packages(tmp_path: Path) -> Path:
     (there / "nvidia/cu13/include/cuda_runtime.h").write_text('extern "C" int cudaFree(void*);\n')
     source = tmp_path / "cudart.cpp"
     source.write_text('extern "C" int cudaFree(void*) { return 0; }\n')
-    gcc(source, "-Wl,-soname,libcudart.so.13", "-o", there / "nvidia/cu13/lib/libcudart.so.13")
+    linked(source, "-Wl,-soname,libcudart.so.13", "-o", there / "nvidia/cu13/lib/libcudart.so.13")
     return there
 
 
@@ -45,7 +45,7 @@ def test_what_is_linked_wants_the_drivers_and_torchs_own_libraries(build: Module
     env = build.environment(packages, links, os.environ)
     source, made = tmp_path / "core.cpp", tmp_path / "core.so"
     source.write_text('#include <cuda_runtime.h>\nextern "C" int cuMemCreate();\nint go() { return cuMemCreate() + cudaFree(nullptr); }\n')
-    gcc("-Wl,--as-needed", f"-I{env['CUDA_HOME']}/include", *env["LDFLAGS"].split(), source, "-lcuda", "-lcudart", "-o", made, env=env)
+    linked("-Wl,--as-needed", f"-I{env['CUDA_HOME']}/include", *env["LDFLAGS"].split(), source, "-lcuda", "-lcudart", "-o", made, env=env)
     told = subprocess.run(["readelf", "-d", str(made)], capture_output=True, text=True, check=True).stdout
     assert {"libcuda.so.1", "libcudart.so.13"} <= set(re.findall(r"NEEDED.*\[(.*)\]", told))
 

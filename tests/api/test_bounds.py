@@ -31,7 +31,7 @@ from orchestrator.control.queue import Place, Queue
 from orchestrator.control.tally import Largest
 from orchestrator.errors import BodyTooLarge, ModelUnavailable, RouteNotFound
 from orchestrator.policy.units import KIB
-from tests.api.house import house
+from tests.api.house import House, house
 from tests.api.rawclient import Client, Cut, connected
 from tests.api.test_realtime import talking
 from tests.support.eventually import eventually, turns
@@ -273,6 +273,12 @@ LARGE = b'{"model":"one"' + b" " * (700 * KIB) + b"}"
 SMALL = b'{"model":"one"}'
 
 
+async def passes(at: House, client: Client, body: bytes) -> None:
+    await client.request(CHAT, body)
+    await (await at.upstream.request()).answer(200, b"{}")
+    assert (await client.answer()).status == 200
+
+
 @pytest.mark.asyncio
 async def test_one_body_too_many_is_a_503_that_says_when_to_come_back(folder: Path) -> None:
     async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as first:
@@ -283,9 +289,7 @@ async def test_one_body_too_many_is_a_503_that_says_when_to_come_back(folder: Pa
         assert "(requests.max_bodies)" in answer.error["message"]
         await asked.answer(200, b"{}")
         assert (await first.answer()).status == 200
-        await first.request(CHAT, LARGE)  # there is room again
-        await (await at.upstream.request()).answer(200, b"{}")
-        assert (await first.answer()).status == 200
+        await passes(at, first, LARGE)  # there is room again
 
 
 @pytest.mark.asyncio
@@ -293,18 +297,14 @@ async def test_large_bodies_keep_no_small_one_out(folder: Path) -> None:
     async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as large, at.client() as small:
         await large.request(CHAT, LARGE)
         await at.upstream.request()
-        await small.request(CHAT, SMALL)
-        await (await at.upstream.request()).answer(200, b"{}")
-        assert (await small.answer()).status == 200
+        await passes(at, small, SMALL)
 
 
 @pytest.mark.asyncio
 async def test_a_body_that_is_declared_and_not_sent_holds_nothing(folder: Path) -> None:
     async with house(folder, ONE, max_bodies_bytes=1000 * KIB) as at, at.client() as silent, at.client() as other:
         await silent.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (1000 * KIB))
-        await other.request(CHAT, LARGE)
-        await (await at.upstream.request()).answer(200, b"{}")
-        assert (await other.answer()).status == 200
+        await passes(at, other, LARGE)
 
 
 @pytest.mark.asyncio
@@ -315,17 +315,13 @@ async def test_a_client_that_leaves_takes_its_body_along(folder: Path) -> None:
         first.leave()
         await asked.left()
         await at.until_counts("one", 0, 0)
-        await other.request(CHAT, LARGE)
-        await (await at.upstream.request()).answer(200, b"{}")
-        assert (await other.answer()).status == 200
+        await passes(at, other, LARGE)
 
 
 @pytest.mark.asyncio
 async def test_one_that_is_larger_than_all_may_be_is_taken_while_there_is_no_other(folder: Path) -> None:
     async with house(folder, ONE, max_bodies_bytes=100 * KIB) as at, at.client() as client:
-        await client.request(CHAT, LARGE)
-        await (await at.upstream.request()).answer(200, b"{}")
-        assert (await client.answer()).status == 200
+        await passes(at, client, LARGE)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
